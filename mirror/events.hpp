@@ -1,0 +1,198 @@
+// What goes into the core (events) and what comes out (actions). Nothing else crosses its border.
+//
+// The contract with the edges (proxy/ in production, test/sim/ in the simulator):
+//  - apply() never suspends and is never re-entered: an edge that completes an action at once queues
+//    the completion and applies it after the current call has returned.
+//  - Every SubmitSource is answered by exactly one SourceDone, every SubmitTarget by exactly one
+//    TargetDone, in any order and after any time. A target operation on a connection that was lost is
+//    answered with IoError::lost; all of them are answered before TargetLost is applied.
+//  - The core never has overlapping operations of the guest's in flight on the source, nor any
+//    overlapping operations in flight on the target (ranges widened to the sides' alignments).
+//    A target FLUSH is to be sent at once; it covers what was answered before its submission, on
+//    every living path that wrote.
+//  - Every GuestRequest is answered by exactly one Reply.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "mirror/payload.hpp"
+#include "mirror/types.hpp"
+
+namespace nbdferry::mirror {
+
+// --- vocabulary -----------------------------------------------------------------------------------
+
+enum class Mode : std::uint8_t { async, sync };
+
+enum class Phase : std::uint8_t {
+  idle, connecting, copying, paused, in_sync, prepared, sealed, switching, switched, interrupted,
+  failed, cancelled,
+};
+
+// Who answers the guest: the local disk, the remote one (after a pivot), or nobody (after a release).
+enum class Serving : std::uint8_t { source, target, nobody };
+
+enum class SwitchKind : std::uint8_t { pivot, release };
+enum class SwitchWhen : std::uint8_t { manual, pivot, release };
+
+[[nodiscard]] std::string_view to_string(Mode m);
+[[nodiscard]] std::string_view to_string(Phase p);
+
+// What the target's server offers; learnt when it is opened, and again at each reconnect.
+struct TargetInfo {
+  std::uint64_t size = 0;
+  std::uint32_t block_min = 1;                        // power of two, at most 64 KiB
+  std::uint32_t payload_max = 32 * 1024 * 1024;       // longest read or write, bytes
+  bool read_only = false;
+  bool can_flush = false;
+  bool can_fua = false;
+  bool can_trim = false;
+  bool can_zero = false;
+  bool has_allocation = false;                        // base:allocation was negotiated
+};
+
+struct MigrateOptions {
+  Mode mode = Mode::async;
+  SwitchWhen switch_when = SwitchWhen::manual;
+  bool skip_unreadable = false;
+  std::uint64_t buffer_bytes = 64ULL * 1024 * 1024;
+  Duration max_delay = std::chrono::milliseconds(50);
+  Duration downtime_limit = std::chrono::milliseconds(300);
+  Duration sync_timeout = std::chrono::seconds(1);
+  Duration prepare_timeout = std::chrono::seconds(60);
+  Duration quarantine = std::chrono::seconds(60);
+  Duration reconnect_delay = std::chrono::seconds(30);  // pivoted: how long I/O waits for the target
+};
+
+// One operation on a disk, source or target.
+struct DiskOp {
+  OpId id{};
+  Command command = Command::read;
+  ByteRange range;        // empty for flush
+  Payload payload;        // write: exactly range.length() bytes
+  bool fua = false;
+  bool may_hole = true;   // zero: deallocation allowed
+  bool fast_only = false; // zero: fail with not_supported rather than write zeroes slowly
+};
+
+// --- events ---------------------------------------------------------------------------------------
+
+struct GuestRequest {
+  RequestId id{};
+  Command command = Command::read;
+  ByteRange range;        // within the disk: the edge validates; not empty but for flush
+  Payload payload;
+  bool fua = false;
+  bool no_hole = false;
+  bool fast_zero = false;
+};
+
+// `changed` is for trim: false means "nothing happened, and that is fine" (rule 9).
+struct SourceDone {
+  OpId id{};
+  IoError error = IoError::none;
+  bool changed = true;
+  Payload data;                  // read
+  std::vector<Extent> extents;   // block_status: covers a prefix of the range, at least one byte
+};
+
+struct TargetDone {
+  OpId id{};
+  IoError error = IoError::none;
+  Payload data;
+  std::vector<Extent> extents;
+};
+
+// The target can be used (again). The window says how much may be in flight on all connections.
+struct TargetUp {
+  TargetInfo info;
+  std::uint32_t window_ops = 64;
+  std::uint64_t window_bytes = 8ULL * 1024 * 1024;
+};
+// The window changed, because connections came or went.
+struct TargetWindow {
+  std::uint32_t window_ops = 64;
+  std::uint64_t window_bytes = 8ULL * 1024 * 1024;
+};
+// No connection is left: the server may have restarted. The edge goes on trying by itself, until
+// CloseTarget, and answers with TargetUp.
+struct TargetLost {
+  std::string reason;
+};
+// The target can't be used at all: unreachable at the first attempt, another export, too small, …
+struct TargetRefused {
+  std::string reason;
+};
+// The answer to CloseTarget; operations in flight were answered (lost) before it.
+struct TargetClosed {};
+
+struct RecordWritten {
+  bool ok = false;
+  std::string error;
+};
+
+// Time goes on; at least every 10 ms while Engine::wants_ticks().
+struct Tick {};
+
+// Operator commands, each answered by one CommandDone: at once when refused or when there is nothing
+// to wait for; verify, prepare, seal, commit and switch when they have ended.
+struct Start {
+  CommandId command{};
+  MigrateOptions options;
+};
+struct Pause { CommandId command{}; };
+struct Resume { CommandId command{}; };
+struct Cancel { CommandId command{}; };
+struct Verify { CommandId command{}; };
+struct Prepare { CommandId command{}; };
+struct Seal { CommandId command{}; };
+struct Commit { CommandId command{}; SwitchKind kind = SwitchKind::pivot; };
+struct Switch { CommandId command{}; SwitchKind kind = SwitchKind::pivot; };  // all three
+struct Abort { CommandId command{}; };
+struct Unfence { CommandId command{}; };  // the record says owner again: serve the source
+struct SetMode { CommandId command{}; Mode mode = Mode::async; };
+
+using Event =
+    std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
+                 TargetRefused, TargetClosed, RecordWritten, Tick, Start, Pause, Resume, Cancel,
+                 Verify, Prepare, Seal, Commit, Switch, Abort, Unfence, SetMode>;
+
+// --- actions --------------------------------------------------------------------------------------
+
+struct SubmitSource { DiskOp op; };
+struct SubmitTarget { DiskOp op; };
+
+struct Reply {
+  RequestId id{};
+  IoError error = IoError::none;
+  Payload data;
+  std::vector<Extent> extents;
+};
+
+struct OpenTarget {};   // answered by TargetUp or TargetRefused
+struct CloseTarget {};  // answered by TargetClosed; lets go of every connection (rule 8: with a reset)
+
+// Make the ownership record say this, durably, in one synchronous write; answered by RecordWritten.
+struct WriteRecord {
+  SwitchKind kind = SwitchKind::pivot;
+};
+
+struct CommandDone {
+  CommandId command{};
+  bool ok = true;
+  std::string message;  // the reason when not ok: what failed and why
+};
+
+// Something the operator should find in the log.
+struct Notice {
+  std::string text;
+};
+
+using Action = std::variant<SubmitSource, SubmitTarget, Reply, OpenTarget, CloseTarget, WriteRecord,
+                            CommandDone, Notice>;
+using Actions = std::vector<Action>;
+
+}  // namespace nbdferry::mirror
