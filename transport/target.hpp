@@ -1,0 +1,62 @@
+// Target: the remote NBD endpoint as the core's disk. Owns the connections (libnbd handles), spreads
+// operations over them, replaces lost ones, and speaks mirror's events.
+//
+// What must hold: DESIGN.md rules 4, 7 and 8 (no duplicate descriptor outlives its handle, sockets
+// are closed with a reset, every operation submitted is answered exactly once).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <boost/asio/any_io_executor.hpp>
+
+#include "mirror/events.hpp"
+
+namespace nbdferry::transport {
+
+struct TargetConfig {
+  std::vector<std::string> uris;       // paths to one export; this version uses exactly one
+  unsigned connections = 0;            // 0: chosen (4 with multi-conn, else 1)
+  std::uint64_t size_wanted = 0;       // refuse a smaller export
+  std::string migration_id;            // asked for as "x-nbdferry:migration=<id>"; empty: not asked
+  Duration connect_timeout = std::chrono::seconds(10);
+};
+
+struct PathState {
+  std::string uri;
+  std::string state;                   // "connecting", "up", "down"
+  unsigned connections = 0;            // living
+  std::uint64_t sent_bytes = 0;        // payload bytes of answered writes and zeroes sent as data
+  std::uint64_t rtt_us = 0;            // smoothed, of requests up to 16 KiB; 0: unknown
+  bool nbdferry = false;               // the migration context was accepted
+};
+
+// Receives TargetUp, TargetWindow, TargetLost, TargetRefused, TargetClosed, TargetDone. Never called
+// from inside a member function of Target: always from the executor.
+using EventHandler = std::function<void(mirror::Event&&)>;
+
+class Target {
+ public:
+  virtual ~Target() = default;
+
+  // Connect: TargetUp, or TargetRefused when the first attempt fails for good. After that the target
+  // reconnects by itself with backoff until close().
+  virtual void open() = 0;
+
+  // Valid between TargetUp and TargetLost/TargetClosed, within the window; else answered as lost.
+  virtual void submit(mirror::DiskOp&& op) = 0;
+
+  // Everything in flight is answered as lost, then TargetClosed.
+  virtual void close() = 0;
+
+  [[nodiscard]] virtual std::vector<PathState> paths() const = 0;
+
+  // Throws std::invalid_argument ("what: why: what to do") for a malformed URI.
+  static std::unique_ptr<Target> create(boost::asio::any_io_executor executor, TargetConfig config,
+                                        EventHandler on_event);
+};
+
+}  // namespace nbdferry::transport
