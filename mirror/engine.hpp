@@ -58,6 +58,21 @@ struct Status {
   std::string last_error;
 };
 
+// How often the hard cases happened: for tests, which assert that they did.
+struct Counters {
+  std::uint64_t overflow_during_copy = 0;       // a full buffer made debt while blocks were armed
+  std::uint64_t armed_with_writes_in_flight = 0;
+  std::uint64_t superseded_by_trim = 0;
+  std::uint64_t superseded = 0;
+  std::uint64_t debt_while_prepared = 0;
+  std::uint64_t sync_timeouts = 0;
+  std::uint64_t read_backs = 0;
+  std::uint64_t copies_discarded = 0;           // a block went stale while its copy was under way
+  std::uint64_t suspects = 0;
+  std::uint64_t flush_failures = 0;
+  std::uint64_t replayed_writes = 0;
+};
+
 class EngineState;
 
 class Engine {
@@ -71,6 +86,7 @@ class Engine {
   void apply(Event&& event, Time now, Actions& out);
 
   [[nodiscard]] Status status() const;
+  [[nodiscard]] const Counters& counters() const;
 
   // True while time matters to it (a migration exists, or the target serves).
   [[nodiscard]] bool wants_ticks() const;
