@@ -10,9 +10,9 @@ namespace nbdferry {
 [[noreturn]] void assertion_failed(const char* condition, const char* what, const char* file,
                                    int line);
 
-#define NBDFERRY_ASSERT(condition, what)                                                   \
-  (__builtin_expect(static_cast<bool>(condition), 1)                                       \
-       ? static_cast<void>(0)                                                              \
+#define NBDFERRY_ASSERT(condition, what)             \
+  (__builtin_expect(static_cast<bool>(condition), 1) \
+       ? static_cast<void>(0)                        \
        : ::nbdferry::assertion_failed(#condition, what, __FILE__, __LINE__))
 
 #ifdef NBDFERRY_MUTANTS

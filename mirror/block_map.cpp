@@ -7,7 +7,8 @@ namespace nbdferry::mirror {
 
 namespace {
 
-// Single blocks armed one by one after a read error may take leaves that stale_closure() did not see.
+// Single blocks armed one by one after a read error may take leaves that stale_closure() did not
+// see.
 constexpr std::size_t leaves_slack = 4096;
 
 // The two-bit state `state` in each of the sixteen places of a leaf.
@@ -147,8 +148,8 @@ std::optional<ByteRange> BlockMap::next_stale(std::uint64_t from, std::uint64_t 
   for (std::uint64_t at = from / block_size_min * block_size_min; at < size_;) {
     const std::uint64_t chunk = at / chunk_size;
     const std::uint64_t group = chunk / group_chunks;
-    const ByteRange group_range = clip({group * group_chunks * chunk_size,
-                                        (group + 1) * group_chunks * chunk_size});
+    const ByteRange group_range =
+        clip({group * group_chunks * chunk_size, (group + 1) * group_chunks * chunk_size});
     if (fresh_bytes_[group] == group_range.length()) {
       at = group_range.end;
       continue;

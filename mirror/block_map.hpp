@@ -2,10 +2,11 @@
 //
 // Two levels. One byte per 64 KiB chunk: its state (stale, armed, synced, or mixed) and flags; two
 // bits per 4 KiB leaf for mixed chunks only. 16 MiB per TiB of disk, zero pages until touched, plus
-// a bounded number of leaves. All ranges given to it are multiples of 4 KiB, but for the disk's end.
+// a bounded number of leaves. All ranges given to it are multiples of 4 KiB, but for the disk's
+// end.
 //
-// What must hold: a chunk has a leaf exactly when it is mixed; stale_bytes() is exact, with the last
-// block counted as long as it is. Making part of a chunk stale may need a leaf that the bound
+// What must hold: a chunk has a leaf exactly when it is mixed; stale_bytes() is exact, with the
+// last block counted as long as it is. Making part of a chunk stale may need a leaf that the bound
 // forbids: callers widen by stale_closure() first, so that nothing becomes stale unnoticed.
 #pragma once
 
@@ -40,7 +41,9 @@ class BlockMap {
   [[nodiscard]] std::size_t leaves() const { return leaves_.size(); }
 
   // Whole blocks of the disk that cover `range`.
-  [[nodiscard]] ByteRange covering(ByteRange range) const { return clip(range.widened(block_size_min)); }
+  [[nodiscard]] ByteRange covering(ByteRange range) const {
+    return clip(range.widened(block_size_min));
+  }
 
   // `range` (blocks), widened to whole chunks where making it stale would need a leaf too many.
   [[nodiscard]] ByteRange stale_closure(ByteRange range) const;
@@ -54,8 +57,10 @@ class BlockMap {
   [[nodiscard]] bool any(ByteRange range, BlockState state) const;
   [[nodiscard]] bool all(ByteRange range, BlockState state) const;
 
-  // The first run of stale blocks at or after `from` outside of suspect chunks, at most `length_max`.
-  [[nodiscard]] std::optional<ByteRange> next_stale(std::uint64_t from, std::uint64_t length_max) const;
+  // The first run of stale blocks at or after `from` outside of suspect chunks, at most
+  // `length_max`.
+  [[nodiscard]] std::optional<ByteRange> next_stale(std::uint64_t from,
+                                                    std::uint64_t length_max) const;
 
   // Flags, by chunk.
   void set_flag(ByteRange range, ChunkFlag flag);

@@ -4,6 +4,7 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "mirror/engine.hpp"
 
@@ -11,14 +12,14 @@ namespace nbdferry::mirror {
 
 // Which part of the core an operation belongs to; travels in the low bits of its id.
 enum class OpKind : std::uint8_t {
-  guest,        // a guest's own operation, on the source or (pivoted) on the target
-  readback,     // source read of whole target blocks after a guest write that covers part of them
-  copy,         // the copier's, on either side
-  hint,         // where are the holes ahead? (never relied upon)
-  mirrored,     // a guest write on its way to the target
-  verify,       // the verifier's reads, on either side
-  flush,        // of the target
-  replay,       // pivoted: retained writes again
+  guest,     // a guest's own operation, on the source or (pivoted) on the target
+  readback,  // source read of whole target blocks after a guest write that covers part of them
+  copy,      // the copier's, on either side
+  hint,      // where are the holes ahead? (never relied upon)
+  mirrored,  // a guest write on its way to the target
+  verify,    // the verifier's reads, on either side
+  flush,     // of the target
+  replay,    // pivoted: retained writes again
 };
 
 struct Context {
@@ -26,6 +27,7 @@ struct Context {
   Counters counters;
   Time now{0};
   Actions* out = nullptr;
+  std::vector<OpId> settle;  // guest requests that may have ended: the engine looks after the event
 
   [[nodiscard]] OpId new_op(OpKind kind) {
     return OpId{(++last_op_ << 4) | static_cast<std::uint64_t>(kind)};

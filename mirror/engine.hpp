@@ -14,60 +14,63 @@ namespace nbdferry::mirror {
 
 // Fixed limits; the simulator makes them small so that they are reached.
 struct Limits {
-  std::uint64_t copy_bytes = 256 * 1024;               // one copy operation's data, multiple of 64 KiB
-  std::uint64_t copy_window_bytes = 8 * 1024 * 1024;   // copies between arming and the target's answer
-  std::uint64_t probe_bytes = 1ULL << 30;              // one copy operation that expects a hole
-  std::uint64_t write_piece_bytes = 1024 * 1024;       // a mirrored write is cut into pieces
+  std::uint64_t copy_bytes = 256 * 1024;  // one copy operation's data, multiple of 64 KiB
+  std::uint64_t copy_window_bytes =
+      8 * 1024 * 1024;                            // copies between arming and the target's answer
+  std::uint64_t probe_bytes = 1ULL << 30;         // one copy operation that expects a hole
+  std::uint64_t write_piece_bytes = 1024 * 1024;  // a mirrored write is cut into pieces
   std::uint64_t zero_piece_bytes = 32ULL * 1024 * 1024;
   std::uint64_t verify_bytes = 128 * 1024;
-  std::uint64_t flush_bytes = 512ULL * 1024 * 1024;    // unflushed on the target: flush by then …
-  Duration flush_period = std::chrono::seconds(5);     // … or after this time
-  std::uint32_t target_errors_max = 16;                // in a row, then the migration fails
+  std::uint64_t flush_bytes = 512ULL * 1024 * 1024;  // unflushed on the target: flush by then …
+  Duration flush_period = std::chrono::seconds(5);   // … or after this time
+  std::uint32_t target_errors_max = 16;              // in a row, then the migration fails
+  std::size_t leaves_max = SIZE_MAX;                 // mixed chunks; the map has its own bound too
 };
 
 struct EngineConfig {
-  std::uint64_t size = 0;                // of the disk, bytes
-  std::uint32_t source_align = 1;        // power of two: what overlaps on the source is widened to it
-  std::uint32_t promised_block_min = 1;  // what the guest was told; pivot needs a target that keeps it
+  std::uint64_t size = 0;          // of the disk, bytes
+  std::uint32_t source_align = 1;  // power of two: what overlaps on the source is widened to it
+  std::uint32_t promised_block_min =
+      1;  // what the guest was told; pivot needs a target that keeps it
   Serving serving = Serving::source;
   Limits limits;
 };
 
 struct Status {
   Phase phase = Phase::idle;
-  Mode mode = Mode::async;          // in force
-  Mode mode_wanted = Mode::async;   // asked for
-  std::string mode_reason;          // why they differ, or why it changed last
+  Mode mode = Mode::async;         // in force
+  Mode mode_wanted = Mode::async;  // asked for
+  std::string mode_reason;         // why they differ, or why it changed last
   Serving serving = Serving::source;
   std::uint64_t size_bytes = 0;
   std::uint64_t stale_bytes = 0;
-  std::uint64_t buffered_bytes = 0;       // mirrored, queued or unanswered
-  std::uint64_t copying_bytes = 0;        // armed: between arming and the target's answer
-  std::uint64_t copied_bytes = 0;         // by the copier: data sent and answered
-  std::uint64_t zeroed_bytes = 0;         // by the copier: sent as zeroes or known to be zero
-  std::uint64_t mirrored_bytes = 0;       // guest writes answered by the target
+  std::uint64_t buffered_bytes = 0;  // mirrored, queued or unanswered
+  std::uint64_t copying_bytes = 0;   // armed: between arming and the target's answer
+  std::uint64_t copied_bytes = 0;    // by the copier: data sent and answered
+  std::uint64_t zeroed_bytes = 0;    // by the copier: sent as zeroes or known to be zero
+  std::uint64_t mirrored_bytes = 0;  // guest writes answered by the target
   std::uint64_t suspect_bytes = 0;
   std::uint64_t unreadable_bytes = 0;
   std::uint64_t verified_bytes = 0;
   std::uint64_t mismatched_bytes = 0;
   bool verifying = false;
   bool in_sync = false;
-  bool holding = false;                   // guest writes are held (sealed)
+  bool holding = false;  // guest writes are held (sealed)
   std::uint64_t held_requests = 0;
-  double bytes_per_second = 0;            // what the target has been answering lately
+  double bytes_per_second = 0;  // what the target has been answering lately
   std::string last_error;
 };
 
 // How often the hard cases happened: for tests, which assert that they did.
 struct Counters {
-  std::uint64_t overflow_during_copy = 0;       // a full buffer made debt while blocks were armed
+  std::uint64_t overflow_during_copy = 0;  // a full buffer made debt while blocks were armed
   std::uint64_t armed_with_writes_in_flight = 0;
   std::uint64_t superseded_by_trim = 0;
   std::uint64_t superseded = 0;
   std::uint64_t debt_while_prepared = 0;
   std::uint64_t sync_timeouts = 0;
   std::uint64_t read_backs = 0;
-  std::uint64_t copies_discarded = 0;           // a block went stale while its copy was under way
+  std::uint64_t copies_discarded = 0;  // a block went stale while its copy was under way
   std::uint64_t suspects = 0;
   std::uint64_t flush_failures = 0;
   std::uint64_t replayed_writes = 0;
@@ -91,7 +94,8 @@ class Engine {
   // True while time matters to it (a migration exists, or the target serves).
   [[nodiscard]] bool wants_ticks() const;
 
-  // Guest requests not yet answered, target and source operations not yet done: for a graceful stop.
+  // Guest requests not yet answered, target and source operations not yet done: for a graceful
+  // stop.
   [[nodiscard]] std::uint64_t open_requests() const;
 
   // Walks all of its structures and asserts that they agree. Linear in the disk: for tests.

@@ -1,11 +1,12 @@
 // What goes into the core (events) and what comes out (actions). Nothing else crosses its border.
 //
 // The contract with the edges (proxy/ in production, test/sim/ in the simulator):
-//  - apply() never suspends and is never re-entered: an edge that completes an action at once queues
+//  - apply() never suspends and is never re-entered: an edge that completes an action at once
+//  queues
 //    the completion and applies it after the current call has returned.
 //  - Every SubmitSource is answered by exactly one SourceDone, every SubmitTarget by exactly one
-//    TargetDone, in any order and after any time. A target operation on a connection that was lost is
-//    answered with IoError::lost; all of them are answered before TargetLost is applied.
+//    TargetDone, in any order and after any time. A target operation on a connection that was lost
+//    is answered with IoError::lost; all of them are answered before TargetLost is applied.
 //  - The core never has overlapping operations of the guest's in flight on the source, nor any
 //    overlapping operations in flight on the target (ranges widened to the sides' alignments).
 //    A target FLUSH is to be sent at once; it covers what was answered before its submission, on
@@ -23,16 +24,29 @@
 
 namespace nbdferry::mirror {
 
-// --- vocabulary -----------------------------------------------------------------------------------
+// --- vocabulary
+// -----------------------------------------------------------------------------------
 
 enum class Mode : std::uint8_t { async, sync };
 
 enum class Phase : std::uint8_t {
-  idle, connecting, copying, paused, in_sync, prepared, sealed, switching, switched, interrupted,
-  failed, cancelled,
+  idle,
+  queued,
+  connecting,
+  copying,
+  paused,
+  in_sync,
+  prepared,
+  sealed,
+  switching,
+  switched,
+  interrupted,
+  failed,
+  cancelled,
 };
 
-// Who answers the guest: the local disk, the remote one (after a pivot), or nobody (after a release).
+// Who answers the guest: the local disk, the remote one (after a pivot), or nobody (after a
+// release).
 enum class Serving : std::uint8_t { source, target, nobody };
 
 enum class SwitchKind : std::uint8_t { pivot, release };
@@ -44,14 +58,14 @@ enum class SwitchWhen : std::uint8_t { manual, pivot, release };
 // What the target's server offers; learnt when it is opened, and again at each reconnect.
 struct TargetInfo {
   std::uint64_t size = 0;
-  std::uint32_t block_min = 1;                        // power of two, at most 64 KiB
-  std::uint32_t payload_max = 32 * 1024 * 1024;       // longest read or write, bytes
+  std::uint32_t block_min = 1;                   // power of two, at most 64 KiB
+  std::uint32_t payload_max = 32 * 1024 * 1024;  // longest read or write, bytes
   bool read_only = false;
   bool can_flush = false;
   bool can_fua = false;
   bool can_trim = false;
   bool can_zero = false;
-  bool has_allocation = false;                        // base:allocation was negotiated
+  bool has_allocation = false;  // base:allocation was negotiated
 };
 
 struct MigrateOptions {
@@ -64,26 +78,28 @@ struct MigrateOptions {
   Duration sync_timeout = std::chrono::seconds(1);
   Duration prepare_timeout = std::chrono::seconds(60);
   Duration quarantine = std::chrono::seconds(60);
-  Duration reconnect_delay = std::chrono::seconds(30);  // pivoted: how long I/O waits for the target
+  Duration reconnect_delay =
+      std::chrono::seconds(30);  // pivoted: how long I/O waits for the target
 };
 
 // One operation on a disk, source or target.
 struct DiskOp {
   OpId id{};
   Command command = Command::read;
-  ByteRange range;        // empty for flush
-  Payload payload;        // write: exactly range.length() bytes
+  ByteRange range;  // empty for flush
+  Payload payload;  // write: exactly range.length() bytes
   bool fua = false;
-  bool may_hole = true;   // zero: deallocation allowed
-  bool fast_only = false; // zero: fail with not_supported rather than write zeroes slowly
+  bool may_hole = true;    // zero: deallocation allowed
+  bool fast_only = false;  // zero: fail with not_supported rather than write zeroes slowly
 };
 
-// --- events ---------------------------------------------------------------------------------------
+// --- events
+// ---------------------------------------------------------------------------------------
 
 struct GuestRequest {
   RequestId id{};
   Command command = Command::read;
-  ByteRange range;        // within the disk: the edge validates; not empty but for flush
+  ByteRange range;  // within the disk: the edge validates; not empty but for flush
   Payload payload;
   bool fua = false;
   bool no_hole = false;
@@ -95,8 +111,8 @@ struct SourceDone {
   OpId id{};
   IoError error = IoError::none;
   bool changed = true;
-  Payload data;                  // read
-  std::vector<Extent> extents;   // block_status: covers a prefix of the range, at least one byte
+  Payload data;                 // read
+  std::vector<Extent> extents;  // block_status: covers a prefix of the range, at least one byte
 };
 
 struct TargetDone {
@@ -137,33 +153,62 @@ struct RecordWritten {
 // Time goes on; at least every 10 ms while Engine::wants_ticks().
 struct Tick {};
 
-// Operator commands, each answered by one CommandDone: at once when refused or when there is nothing
-// to wait for; verify, prepare, seal, commit and switch when they have ended.
+// Operator commands, each answered by one CommandDone: at once when refused or when there is
+// nothing to wait for; verify, prepare, seal, commit and switch when they have ended.
 struct Start {
   CommandId command{};
   MigrateOptions options;
 };
-struct Pause { CommandId command{}; };
-struct Resume { CommandId command{}; };
-struct Cancel { CommandId command{}; };
-struct Verify { CommandId command{}; };
-struct Prepare { CommandId command{}; };
-struct Seal { CommandId command{}; };
-struct Commit { CommandId command{}; SwitchKind kind = SwitchKind::pivot; };
-struct Switch { CommandId command{}; SwitchKind kind = SwitchKind::pivot; };  // all three
-struct Abort { CommandId command{}; };
-struct Unfence { CommandId command{}; };  // the record says owner again: serve the source
-struct SetMode { CommandId command{}; Mode mode = Mode::async; };
+struct Pause {
+  CommandId command{};
+};
+struct Resume {
+  CommandId command{};
+};
+struct Cancel {
+  CommandId command{};
+};
+struct Verify {
+  CommandId command{};
+};
+struct Prepare {
+  CommandId command{};
+};
+struct Seal {
+  CommandId command{};
+};
+struct Commit {
+  CommandId command{};
+  SwitchKind kind = SwitchKind::pivot;
+};
+struct Switch {
+  CommandId command{};
+  SwitchKind kind = SwitchKind::pivot;
+};  // all three
+struct Abort {
+  CommandId command{};
+};
+struct Unfence {
+  CommandId command{};
+};  // the record says owner again: serve the source
+struct SetMode {
+  CommandId command{};
+  Mode mode = Mode::async;
+};
 
-using Event =
-    std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
-                 TargetRefused, TargetClosed, RecordWritten, Tick, Start, Pause, Resume, Cancel,
-                 Verify, Prepare, Seal, Commit, Switch, Abort, Unfence, SetMode>;
+using Event = std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
+                           TargetRefused, TargetClosed, RecordWritten, Tick, Start, Pause, Resume,
+                           Cancel, Verify, Prepare, Seal, Commit, Switch, Abort, Unfence, SetMode>;
 
-// --- actions --------------------------------------------------------------------------------------
+// --- actions
+// --------------------------------------------------------------------------------------
 
-struct SubmitSource { DiskOp op; };
-struct SubmitTarget { DiskOp op; };
+struct SubmitSource {
+  DiskOp op;
+};
+struct SubmitTarget {
+  DiskOp op;
+};
 
 struct Reply {
   RequestId id{};
@@ -172,8 +217,9 @@ struct Reply {
   std::vector<Extent> extents;
 };
 
-struct OpenTarget {};   // answered by TargetUp or TargetRefused
-struct CloseTarget {};  // answered by TargetClosed; lets go of every connection (rule 8: with a reset)
+struct OpenTarget {};  // answered by TargetUp or TargetRefused
+struct CloseTarget {
+};  // answered by TargetClosed; lets go of every connection (rule 8: with a reset)
 
 // Make the ownership record say this, durably, in one synchronous write; answered by RecordWritten.
 struct WriteRecord {

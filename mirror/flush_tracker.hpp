@@ -22,8 +22,8 @@ class FlushTracker {
   [[nodiscard]] std::size_t unflushed_chunks() const { return current_.size(); }
   [[nodiscard]] std::uint64_t unflushed_bytes() const { return current_bytes_; }
 
-  void begin();                     // a flush is being submitted; none is under way
-  void succeeded(BlockMap& map);    // it was answered well
+  void begin();                   // a flush is being submitted; none is under way
+  void succeeded(BlockMap& map);  // it was answered well
   // It failed, or the server may have lost what it did not flush: the chunks that become stale.
   [[nodiscard]] std::vector<std::uint64_t> failed(BlockMap& map);
 

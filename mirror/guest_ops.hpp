@@ -26,21 +26,24 @@ struct GuestOp {
   bool fast_zero = false;
 
   // Order.
-  ByteRange span;                  // range, widened
-  std::uint32_t blockers = 0;      // earlier writes that it waits for
-  std::vector<OpId> dependents;    // later writes that wait for it
-  std::uint64_t admission = 0;     // order of admission, from 1; 0: not admitted
+  ByteRange span;                // range, widened
+  std::uint32_t blockers = 0;    // earlier writes that it waits for
+  std::vector<OpId> dependents;  // later writes that wait for it
+  std::uint64_t admission = 0;   // order of admission, from 1; 0: not admitted
 
   // Progress.
   bool source_done = false;
   bool replied = false;
+  bool needs_flush = false;  // pivoted, FUA: written, and a flush is to follow
   IoError result = IoError::none;
+  Payload data;                 // answer of a read
+  std::vector<Extent> extents;  // answer of block_status
 
   // Mirroring: the blocks that the target needs it for; shrinks where they become stale.
   std::vector<ByteRange> mirrored;
-  bool waits_for_target = false;   // sync: the reply waits for `pieces`
-  bool queued_early = false;       // its entries went out beside the source write
-  std::uint32_t pieces = 0;        // entries queued or in flight that the reply waits for
+  bool waits_for_target = false;  // sync: the reply waits for `pieces`
+  bool queued_early = false;      // its entries went out beside the source write
+  std::uint32_t pieces = 0;       // entries queued or in flight that the reply waits for
   std::uint32_t readbacks = 0;
   Time admitted_at{0};
 };
@@ -90,7 +93,7 @@ class GuestOps {
  private:
   std::unordered_map<OpId, GuestOp> ops_;
   std::multimap<std::uint64_t, GuestOp*> running_;  // by begin of span; disjoint at any time
-  std::vector<OpId> waiting_;                  // writes not admitted, in order of arrival
+  std::vector<OpId> waiting_;                       // writes not admitted, in order of arrival
   std::uint64_t last_admission_ = 0;
 };
 

@@ -1,9 +1,9 @@
 // MirrorQueue: guest writes on their way to the target, not sent yet (rule 6: a cache of the debt).
 //
 // What must hold: the ranges of its entries are disjoint, so that no order among them matters but
-// the one of age; the bytes it holds are counted exactly; an entry is either ready (in order of age,
-// those that a guest waits for first) or parked behind the one operation that it would overlap.
-// Payloads are immutable: trimming an entry makes slices.
+// the one of age; the bytes it holds are counted exactly; an entry is either ready (in order of
+// age, those that a guest waits for first) or parked behind the one operation that it would
+// overlap. Payloads are immutable: trimming an entry makes slices.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct MirrorEntry {
   bool may_hole = true;
   // The guest write that waits for this entry (sync); nothing waits once it is acknowledged.
   std::optional<OpId> waiter;
-  std::uint64_t position = 0;        // age; a superseding write takes the oldest one it supersedes
+  std::uint64_t position = 0;  // age; a superseding write takes the oldest one it supersedes
 };
 
 class MirrorQueue {
@@ -42,7 +42,9 @@ class MirrorQueue {
   [[nodiscard]] std::size_t acknowledged() const { return acknowledged_; }
   [[nodiscard]] std::uint64_t superseded_bytes() const { return superseded_bytes_; }
 
-  [[nodiscard]] bool overlaps(ByteRange range) const { return first_overlap(range) != entries_.end(); }
+  [[nodiscard]] bool overlaps(ByteRange range) const {
+    return first_overlap(range) != entries_.end();
+  }
 
   // What push() would add to bytes(), before anything is superseded.
   [[nodiscard]] static std::uint64_t cost(const MirrorEntry& e);

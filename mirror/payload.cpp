@@ -14,8 +14,8 @@ namespace nbdferry {
 namespace {
 
 // Size classes are powers of two. Up to `slab_class_max` they are carved out of slabs that are kept
-// for good (a burst's high-water mark, bounded by the limits on requests in flight); larger ones are
-// allocated on their own, with a short free list each.
+// for good (a burst's high-water mark, bounded by the limits on requests in flight); larger ones
+// are allocated on their own, with a short free list each.
 constexpr std::uint32_t class_min = 9;        // 512 bytes
 constexpr std::uint32_t slab_class_max = 14;  // 16 KiB
 constexpr std::uint32_t class_max = 26;       // 64 MiB
@@ -32,8 +32,8 @@ struct Pool {
     auto* memory = static_cast<std::byte*>(std::aligned_alloc(page, total));
     if (memory == nullptr) throw std::bad_alloc();
     for (std::size_t at = 0; at < total; at += size) {
-      free[size_class].push_back(new detail::Storage{
-          memory + at, 0, static_cast<std::uint32_t>(size), size_class});
+      free[size_class].push_back(
+          new detail::Storage{memory + at, 0, static_cast<std::uint32_t>(size), size_class});
     }
   }
 };

@@ -1,8 +1,8 @@
 // Payload: refcounted, immutable bytes on their way from a socket to disks and back.
 //
 // A Buffer is filled once by its only owner, then frozen into a Payload; slices of it share the
-// storage. Storage comes from slabs for sizes up to 16 KiB (data aligned to min(size class, 4 KiB)),
-// from page-aligned allocations above, so that O_DIRECT can use what is 4 KiB or larger.
+// storage. Storage comes from slabs for sizes up to 16 KiB (data aligned to min(size class, 4
+// KiB)), from page-aligned allocations above, so that O_DIRECT can use what is 4 KiB or larger.
 // Counts are not atomic: buffers belong to the one thread of their export.
 #pragma once
 

@@ -18,10 +18,10 @@ struct TargetOp {
   OpKind kind = OpKind::mirrored;
   Command command = Command::write;
   ByteRange range;
-  std::uint64_t window_bytes = 0;   // payload on the wire
-  std::uint64_t buffer_bytes = 0;   // mirrored: counted against the buffer until answered
-  std::optional<OpId> waiter;       // mirrored: the guest write that waits for it
-  OpId parent{};                    // copy: the copy operation; guest: the guest's request
+  std::uint64_t window_bytes = 0;  // payload on the wire
+  std::uint64_t buffer_bytes = 0;  // mirrored: counted against the buffer until answered
+  std::optional<OpId> waiter;      // mirrored: the guest write that waits for it
+  OpId parent{};                   // copy: the copy operation; guest: the guest's request
 };
 
 class TargetOps {

@@ -15,8 +15,9 @@ namespace nbdferry {
 using Time = std::chrono::nanoseconds;  // a point: since the edge's epoch
 using Duration = std::chrono::nanoseconds;
 
-enum class RequestId : std::uint64_t {};  // a guest's request, chosen by the edge, unique while open
-enum class OpId : std::uint64_t {};       // a disk operation of the core, never reused
+enum class RequestId : std::uint64_t {
+};                                   // a guest's request, chosen by the edge, unique while open
+enum class OpId : std::uint64_t {};  // a disk operation of the core, never reused
 enum class CommandId : std::uint64_t {};  // an operator's command, chosen by the edge
 
 inline constexpr std::uint64_t block_size_min = 4096;  // leaf of the map
@@ -57,14 +58,14 @@ enum class Command : std::uint8_t { read, write, trim, zero, flush, cache, block
 // the server may still apply it later (DESIGN.md, rule 8).
 enum class IoError : std::uint8_t {
   none,
-  not_permitted,   // EPERM
-  io,              // EIO
-  no_memory,       // ENOMEM
-  invalid,         // EINVAL
-  no_space,        // ENOSPC
-  overflow,        // EOVERFLOW
-  not_supported,   // ENOTSUP
-  shutdown,        // ESHUTDOWN
+  not_permitted,  // EPERM
+  io,             // EIO
+  no_memory,      // ENOMEM
+  invalid,        // EINVAL
+  no_space,       // ENOSPC
+  overflow,       // EOVERFLOW
+  not_supported,  // ENOTSUP
+  shutdown,       // ESHUTDOWN
   lost,
 };
 

@@ -1,0 +1,406 @@
+// Engine: takes events, keeps the guest's requests, and asks the migration (or, after a pivot,
+// Pivoted) what becomes of them.
+#include "mirror/engine.hpp"
+
+#include <deque>
+#include <optional>
+#include <variant>
+
+#include "mirror/context.hpp"
+#include "mirror/guest_ops.hpp"
+#include "mirror/migration.hpp"
+#include "mirror/pivoted.hpp"
+#include "mirror/suspects.hpp"
+
+namespace nbdferry::mirror {
+
+std::string_view to_string(Mode m) { return m == Mode::async ? "async" : "sync"; }
+
+std::string_view to_string(Phase p) {
+  switch (p) {
+    case Phase::idle:
+      return "idle";
+    case Phase::queued:
+      return "queued";
+    case Phase::connecting:
+      return "connecting";
+    case Phase::copying:
+      return "copying";
+    case Phase::paused:
+      return "paused";
+    case Phase::in_sync:
+      return "in_sync";
+    case Phase::prepared:
+      return "prepared";
+    case Phase::sealed:
+      return "sealed";
+    case Phase::switching:
+      return "switching";
+    case Phase::switched:
+      return "switched";
+    case Phase::interrupted:
+      return "interrupted";
+    case Phase::failed:
+      return "failed";
+    case Phase::cancelled:
+      return "cancelled";
+  }
+  return "unknown";
+}
+
+class EngineState {
+ public:
+  explicit EngineState(const EngineConfig& config) : serving_(config.serving) {
+    context_.config = config;
+  }
+
+  void apply(Event&& event, Time now, Actions& out) {
+    NBDFERRY_ASSERT(now >= context_.now, "time went back");
+    context_.now = now;
+    context_.out = &out;
+    std::visit([this](auto&& e) { on(std::forward<decltype(e)>(e)); }, std::move(event));
+    after_event();
+    context_.out = nullptr;
+  }
+
+  [[nodiscard]] Status status() const;
+  [[nodiscard]] const Counters& counters() const { return context_.counters; }
+  [[nodiscard]] bool wants_ticks() const {
+    return pivoted_ || !suspects_.empty() || (migration_ && !migration_->closed());
+  }
+  [[nodiscard]] std::uint64_t open_requests() const { return guests_.size(); }
+  void check_invariants() const {
+    guests_.check_invariants();
+    if (migration_ && !migration_->closed()) migration_->check_invariants();
+  }
+
+ private:
+  // --- guest and disks ---
+  void on(GuestRequest&& request);
+  void on(SourceDone&& event);
+  void on(TargetDone&& event) {
+    if (pivoted_) {
+      pivoted_->target_done(std::move(event));
+    } else {
+      migration_->target_done(std::move(event));
+    }
+  }
+  // --- the link ---
+  void on(TargetUp&& event) {
+    if (pivoted_) {
+      pivoted_->target_up(event);
+    } else if (migration_) {
+      migration_->target_up(event);
+    }
+  }
+  void on(TargetWindow&& event) {
+    if (pivoted_) {
+      pivoted_->target_window(event);
+    } else if (migration_) {
+      migration_->target_window(event);
+    }
+  }
+  void on(TargetLost&& event) {
+    if (pivoted_) {
+      pivoted_->target_lost(event.reason);
+    } else if (migration_) {
+      migration_->target_lost(event.reason);
+    }
+  }
+  void on(TargetRefused&& event) {
+    if (pivoted_) {
+      pivoted_->target_lost(event.reason);
+    } else if (migration_) {
+      migration_->target_refused(event.reason);
+    }
+  }
+  void on(TargetClosed&&) {
+    if (migration_) migration_->target_closed();
+    if (queued_start_) start(*std::exchange(queued_start_, std::nullopt));
+  }
+  void on(RecordWritten&& event);
+  void on(Tick&&);
+
+  // --- operator ---
+  void on(Start&& event);
+  void on(Pause&& e) {
+    with_migration(e.command, [&] { migration_->pause(e.command); });
+  }
+  void on(Resume&& e) {
+    with_migration(e.command, [&] { migration_->resume(e.command); });
+  }
+  void on(Cancel&& e);
+  void on(Verify&& e) {
+    with_migration(e.command, [&] { migration_->verifier().start(e.command); });
+  }
+  void on(SetMode&& e) {
+    with_migration(e.command, [&] { migration_->set_mode(e.command, e.mode); });
+  }
+  void on(Prepare&& e) {
+    with_switchover(e.command, [&](Switchover& s) { s.prepare(e.command); });
+  }
+  void on(Seal&& e) {
+    with_switchover(e.command, [&](Switchover& s) { s.seal(e.command); });
+  }
+  void on(Commit&& e) {
+    with_switchover(e.command, [&](Switchover& s) { s.commit(e.command, e.kind); });
+  }
+  void on(Switch&& e) {
+    with_switchover(e.command, [&](Switchover& s) { s.all(e.command, e.kind); });
+  }
+  void on(Abort&& e) {
+    with_switchover(e.command, [&](Switchover& s) { s.abort(e.command); });
+  }
+  void on(Unfence&& e);
+
+  template <typename F>
+  void with_migration(CommandId command, F&& f) {
+    if (!migration_ || migration_->ended() || pivoted_) {
+      context_.done(command, false, "no migration is running");
+    } else {
+      f();
+    }
+  }
+  // After the end, too: repeating what has been done is no error.
+  template <typename F>
+  void with_switchover(CommandId command, F&& f) {
+    if (!migration_) {
+      context_.done(command, false, "no migration is running");
+    } else {
+      f(migration_->switchover());
+    }
+  }
+
+  void start(const Start& event);
+  void after_event();
+  void run(GuestOp& op);
+  void run_write(GuestOp& op);
+  void submit_to_source(GuestOp& op);
+  void settle(OpId id);
+  void reply(GuestOp& op);
+  void switched_over();
+  [[nodiscard]] bool holding() const {
+    return migration_ && migration_->holds_writes() && serving_ == Serving::source;
+  }
+
+  Context context_;
+  Serving serving_;
+  GuestOps guests_;
+  Suspects suspects_;
+  std::deque<OpId> held_;  // writes that wait for the switchover's outcome, in order
+  std::unique_ptr<Migration> migration_;
+  std::unique_ptr<Pivoted> pivoted_;
+  std::optional<Start> queued_start_;
+};
+
+// --- the guest's requests
+// -------------------------------------------------------------------------
+
+void EngineState::on(GuestRequest&& request) {
+  const OpId id = context_.new_op(OpKind::guest);
+  std::uint64_t align = context_.config.source_align;
+  if (migration_ && !migration_->ended()) align = std::max(align, migration_->order_alignment());
+  GuestOp& op = guests_.add(id, std::move(request), align);
+  if (GuestOps::runnable(op)) run(op);
+}
+
+void EngineState::run(GuestOp& op) {
+  if (serving_ == Serving::nobody) {
+    op.source_done = true;
+    op.result = IoError::shutdown;
+    context_.settle.push_back(op.id);
+  } else if (is_write(op.command)) {
+    run_write(op);
+  } else if (serving_ == Serving::target) {
+    pivoted_->submit(op);
+  } else {
+    submit_to_source(op);
+  }
+}
+
+void EngineState::run_write(GuestOp& op) {
+  if (holding() && !NBDFERRY_MUTANT(seal_does_not_hold)) {
+    held_.push_back(op.id);
+    return;
+  }
+  guests_.admit(op, context_.now);
+  if (serving_ == Serving::target) {
+    pivoted_->submit(op);
+    return;
+  }
+  // Rule 2: once, here, after any wait.
+  if (migration_ && !NBDFERRY_MUTANT(classify_never)) migration_->classify(op);
+  submit_to_source(op);
+}
+
+void EngineState::submit_to_source(GuestOp& op) {
+  DiskOp disk;
+  disk.id = op.id;
+  disk.command = op.command;
+  disk.range = op.range;
+  disk.payload = op.payload;
+  disk.fua = op.fua;
+  disk.may_hole = !op.no_hole;
+  disk.fast_only = op.fast_zero;
+  context_.submit_source(std::move(disk));
+}
+
+void EngineState::on(SourceDone&& event) {
+  if (Context::kind_of(event.id) != OpKind::guest) {
+    if (migration_) migration_->source_done(std::move(event));
+    return;
+  }
+  GuestOp* op = guests_.find(event.id);
+  NBDFERRY_ASSERT(op != nullptr && !op->source_done, "an answer to no guest request");
+  op->source_done = true;
+  op->result = event.error;
+  op->data = std::move(event.data);
+  op->extents = std::move(event.extents);
+  if (is_write(op->command) && migration_) {
+    migration_->source_answered(*op, event.error, event.changed);
+    migration_->source_progress();
+  }
+  context_.settle.push_back(op->id);
+}
+
+// Replies when nothing is waited for, and forgets the request when nothing of it is under way.
+void EngineState::settle(OpId id) {
+  GuestOp* op = guests_.find(id);
+  if (op == nullptr || !op->source_done) return;
+  const bool waits = op->waits_for_target && (op->pieces != 0 || op->readbacks != 0);
+  if (!waits && !op->replied) reply(*op);
+  if (!op->replied || op->pieces != 0 || op->readbacks != 0) return;
+  for (const OpId next : guests_.remove(id)) run(*guests_.find(next));
+}
+
+void EngineState::reply(GuestOp& op) {
+  op.replied = true;
+  Reply r;
+  r.id = op.request;
+  r.error = op.result;
+  r.data = std::move(op.data);
+  r.extents = std::move(op.extents);
+  context_.out->emplace_back(std::move(r));
+}
+
+// --- after each event
+// -----------------------------------------------------------------------------
+
+void EngineState::after_event() {
+  do {
+    for (std::size_t i = 0; i < context_.settle.size(); ++i) settle(context_.settle[i]);
+    context_.settle.clear();
+    if (migration_ && serving_ == Serving::source && !migration_->ended() &&
+        migration_->switchover().state() == Switchover::State::committed) {
+      switched_over();
+    }
+    if (!holding() && !held_.empty()) {
+      const std::deque<OpId> held = std::exchange(held_, {});
+      for (const OpId id : held) run(*guests_.find(id));
+    }
+    if (pivoted_) {
+      pivoted_->pump();
+    } else if (migration_) {
+      migration_->pump();
+    }
+  } while (!context_.settle.empty() || (!holding() && !held_.empty()));
+}
+
+void EngineState::switched_over() {
+  const bool pivot = migration_->switchover().kind() == SwitchKind::pivot;
+  if (pivot) {
+    serving_ = Serving::target;
+    pivoted_ = std::make_unique<Pivoted>(context_, guests_, migration_->options(),
+                                         migration_->info(), migration_->window());
+    context_.notice("switched over: the target serves from now on");
+  } else {
+    serving_ = Serving::nobody;
+    context_.notice("switched over: released, this disk is fenced");
+    migration_->end(Phase::switched, {});
+  }
+}
+
+void EngineState::on(RecordWritten&& event) { migration_->switchover().record_written(event); }
+
+void EngineState::on(Tick&&) {
+  if (pivoted_) {
+    pivoted_->tick();
+  } else if (migration_ && !migration_->closed()) {
+    migration_->tick();
+  } else {
+    (void)suspects_.expire(context_.now);
+  }
+}
+
+// --- operator
+// -------------------------------------------------------------------------------------
+
+void EngineState::on(Start&& event) {
+  std::string why;
+  if (serving_ == Serving::target) {
+    why = "the disk has been pivoted: its target serves";
+  } else if (serving_ == Serving::nobody) {
+    why = "the disk is fenced: another host owns it (unfence it first if that is wrong)";
+  } else if (queued_start_ || (migration_ && !migration_->ended())) {
+    why = "a migration is running (cancel it first)";
+  }
+  if (!why.empty()) {
+    context_.done(event.command, false, "cannot migrate: " + why);
+    return;
+  }
+  if (migration_ && !migration_->closed()) {
+    queued_start_ = std::move(event);  // the earlier one's connections are being let go
+    return;
+  }
+  start(event);
+}
+
+void EngineState::start(const Start& event) {
+  migration_ = std::make_unique<Migration>(context_, guests_, suspects_, event);
+}
+
+void EngineState::on(Cancel&& e) {
+  if (queued_start_) {
+    context_.done(queued_start_->command, false, "cancelled");
+    queued_start_.reset();
+    context_.done(e.command, true);
+    return;
+  }
+  with_migration(e.command, [&] { migration_->cancel(e.command); });
+}
+
+void EngineState::on(Unfence&& e) {
+  if (serving_ == Serving::target) {
+    context_.done(e.command, false, "cannot unfence: the target serves");
+    return;
+  }
+  serving_ = Serving::source;
+  context_.done(e.command, true);
+}
+
+Status EngineState::status() const {
+  Status s;
+  s.serving = serving_;
+  s.size_bytes = context_.config.size;
+  if (migration_) migration_->report(s);
+  if (pivoted_) pivoted_->report(s);
+  if (queued_start_) s.phase = Phase::queued;
+  s.held_requests = held_.size();
+  return s;
+}
+
+// --- the border
+// -----------------------------------------------------------------------------------
+
+Engine::Engine(const EngineConfig& config) : state_(std::make_unique<EngineState>(config)) {}
+Engine::~Engine() = default;
+void Engine::apply(Event&& event, Time now, Actions& out) {
+  state_->apply(std::move(event), now, out);
+}
+Status Engine::status() const { return state_->status(); }
+const Counters& Engine::counters() const { return state_->counters(); }
+bool Engine::wants_ticks() const { return state_->wants_ticks(); }
+std::uint64_t Engine::open_requests() const { return state_->open_requests(); }
+void Engine::check_invariants() const { state_->check_invariants(); }
+
+}  // namespace nbdferry::mirror

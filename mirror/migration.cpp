@@ -1,0 +1,387 @@
+// Migration: life cycle, link, phases, modes.
+#include "mirror/migration.hpp"
+
+#include <limits>
+
+namespace nbdferry::mirror {
+
+namespace {
+
+constexpr std::size_t leaves_base = 256 * 1024;  // about 14 MiB of leaves for any disk …
+constexpr std::uint64_t chunks_per_leaf = 64;    // … and 14 MiB more per TiB
+constexpr Duration close_wait = std::chrono::seconds(1);
+constexpr std::uint64_t sync_entry_keep_min = 256 * 1024;
+
+}  // namespace
+
+Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, const Start& start)
+    : context_(context),
+      guests_(guests),
+      suspects_(suspects),
+      options_(start.options),
+      queue_([this](OpId waiter, int delta) {
+        GuestOp* op = guests_.find(waiter);
+        NBDFERRY_ASSERT(op != nullptr, "an entry outlived the guest write that waits for it");
+        op->pieces = static_cast<std::uint32_t>(static_cast<int>(op->pieces) + delta);
+        context_.settle.push_back(waiter);
+      }),
+      copier_(*this),
+      verifier_(*this),
+      switchover_(*this),
+      start_command_(start.command),
+      mode_(start.options.mode) {
+  context_.out->emplace_back(OpenTarget{});
+}
+
+// --- the link
+// -------------------------------------------------------------------------------------
+
+std::string Migration::check_target(const TargetInfo& info) const {
+  const std::uint64_t size = context_.config.size;
+  if (info.read_only) return "the target is read-only";
+  if (info.size < size) {
+    return "the target is smaller: it has " + std::to_string(info.size) + " bytes, the disk has " +
+           std::to_string(size);
+  }
+  if (size % info.block_min != 0) {
+    return "the disk's size is not a multiple of the target's minimum block of " +
+           std::to_string(info.block_min) + " bytes";
+  }
+  if (info.block_min > chunk_size) return "the target's minimum block is larger than 64 KiB";
+  if (ever_up_ && info.block_min != info_.block_min) return "the target's minimum block changed";
+  if (ever_up_ && info_.can_flush && !info.can_flush) return "the target no longer offers flush";
+  return {};
+}
+
+void Migration::target_up(const TargetUp& event) {
+  if (ended_) return;
+  if (const std::string why = check_target(event.info); !why.empty()) {
+    end(Phase::failed, why);
+    return;
+  }
+  info_ = event.info;
+  target_window({event.window_ops, event.window_bytes});
+  in_flight_.set_alignment(std::max<std::uint64_t>(block_size_min, info_.block_min));
+  link_up_ = true;
+  flushed_at_ = context_.now;
+  if (!ever_up_) {
+    ever_up_ = true;
+    const std::size_t leaves = leaves_base + context_.config.size / chunk_size / chunks_per_leaf;
+    map_ = std::make_unique<BlockMap>(
+        context_.config.size, std::min<std::size_t>(leaves, context_.config.limits.leaves_max));
+    suspects_.for_each([&](ByteRange r) { map_->set_flag(r, ChunkFlag::suspect); });
+    // Writes that came before this have spans that ignore the target's blocks: let them end first.
+    start_barrier_ = static_cast<std::uint64_t>(context_.new_op(OpKind::hint));
+    if (!info_.can_flush)
+      context_.notice("the target offers no flush: its data is only as safe as its cache");
+    if (start_command_) context_.done(*std::exchange(start_command_, std::nullopt), true);
+  } else {
+    context_.notice("the target is back: going on with " + std::to_string(map_->stale_bytes()) +
+                    " bytes to copy");
+  }
+  copier_.poke();
+}
+
+void Migration::target_window(const TargetWindow& event) {
+  window_ = event;
+  in_flight_.set_window(event.window_ops, event.window_bytes);
+}
+
+void Migration::target_lost(const std::string& reason) {
+  if (!link_up_) return;
+  NBDFERRY_ASSERT(in_flight_.empty(), "the target was lost with operations unanswered");
+  link_up_ = false;
+  if (ended_) return;
+  last_error_ = "the target was lost: " + reason;
+  context_.notice(last_error_);
+  switchover_.give_up(last_error_);
+  verifier_.stop("the target was lost");
+  // No connection is left that is older than the loss: the server may have restarted (rule 7).
+  mark_unflushed_stale("the target was lost");
+  Ranges queued;
+  queue_.for_each([&](const MirrorEntry& e) { queued.push_back(blocks_of(e.range)); });
+  for (const auto& r : queued) mark_stale(r, "the target was lost");
+  for (const auto& r : copier_.live()) mark_stale(r, "the target was lost");
+}
+
+void Migration::mark_unflushed_stale(const char* why) {
+  if (NBDFERRY_MUTANT(restart_keeps_unflushed)) return;
+  if (info_.can_flush) {
+    for (const auto chunk : unflushed_.failed(*map_)) mark_stale(map_->chunk_range(chunk), why);
+    return;
+  }
+  // Never flushed: whatever was written may be gone.
+  for (std::uint64_t c = 0; c < map_->chunk_count(); ++c) {
+    if (map_->chunk_flag(c, ChunkFlag::written)) mark_stale(map_->chunk_range(c), why);
+  }
+}
+
+void Migration::target_refused(const std::string& reason) { end(Phase::failed, reason); }
+
+// --- the end
+// --------------------------------------------------------------------------------------
+
+void Migration::end(Phase phase, const std::string& reason) {
+  if (ended_) return;
+  switchover_.give_up(reason.empty() ? "the migration has ended" : reason);
+  verifier_.stop("the migration has ended");
+  ended_ = phase;
+  ended_at_ = context_.now;
+  if (!reason.empty()) {
+    last_error_ = reason;
+    context_.notice("migration " + std::string(to_string(phase)) + ": " + reason);
+  }
+  if (start_command_) {
+    context_.done(*std::exchange(start_command_, std::nullopt), phase != Phase::failed, reason);
+  }
+  end_guest_waits();
+  if (map_) {
+    // What was not sent is dropped; the map says so until the end, for the status.
+    queue_.discard({0, std::numeric_limits<std::uint64_t>::max()});
+    for (const auto& r : copier_.live()) mark_stale(r, "the migration has ended");
+  }
+}
+
+void Migration::end_guest_waits() {
+  guests_.for_each([&](GuestOp& op) {
+    op.mirrored.clear();
+    op.readbacks = 0;
+    release_waiter(op);
+    context_.settle.push_back(op.id);
+  });
+  read_backs_.clear();
+}
+
+void Migration::close_when_drained() {
+  if (!ended_ || close_sent_) return;
+  if (!in_flight_.empty() && context_.now - ended_at_ < close_wait) return;
+  close_sent_ = true;
+  context_.out->emplace_back(CloseTarget{});
+}
+
+// --- operator
+// -------------------------------------------------------------------------------------
+
+void Migration::pause(CommandId command) {
+  if (switchover_.state() != Switchover::State::none) {
+    context_.done(command, false, "cannot pause: a switchover is under way (abort it first)");
+    return;
+  }
+  paused_ = true;
+  context_.done(command, true);
+}
+
+void Migration::resume(CommandId command) {
+  paused_ = false;
+  copier_.poke();
+  context_.done(command, true);
+}
+
+void Migration::cancel(CommandId command) {
+  if (switchover_.decided()) {
+    context_.done(command, false, "cannot cancel: the switchover is decided");
+    return;
+  }
+  end(Phase::cancelled, {});
+  context_.done(command, true);
+}
+
+void Migration::set_mode(CommandId command, Mode mode) {
+  options_.mode = mode;
+  fallback_ = false;
+  if (switchover_.state() == Switchover::State::none) restore_mode();
+  context_.done(command, true);
+}
+
+// --- modes
+// ----------------------------------------------------------------------------------------
+
+void Migration::enter_mode(Mode mode, const std::string& reason) {
+  if (mode != mode_) context_.notice("mode " + std::string(to_string(mode)) + ": " + reason);
+  mode_reason_ = reason;
+  if (mode == mode_) return;
+  mode_ = mode;
+  if (mode != Mode::sync || !map_) return;
+  // No sync write waits behind the whole queue: what does not drain soon is the copier's.
+  const double seconds = std::chrono::duration<double>(options_.max_delay).count();
+  const auto keep =
+      std::max(sync_entry_keep_min, static_cast<std::uint64_t>(rate_.bytes_per_second() * seconds));
+  for (const auto& r : queue_.beyond(keep))
+    mark_stale(blocks_of(r), "queued too long for sync mode");
+}
+
+void Migration::restore_mode() {
+  if (fallback_) {
+    enter_mode(Mode::async, "the target was too slow for sync mode; its debt has not drained");
+  } else {
+    enter_mode(options_.mode, "as asked");
+  }
+}
+
+void Migration::expire_sync_waits() {
+  std::vector<OpId> late;
+  guests_.for_each([&](GuestOp& op) {
+    if (!op.waits_for_target || op.replied || op.admission == 0) return;
+    if (context_.now - op.admitted_at >= options_.sync_timeout) late.push_back(op.id);
+  });
+  for (const OpId id : late) {
+    GuestOp& op = *guests_.find(id);
+    ++context_.counters.sync_timeouts;
+    const Ranges blocks = op.mirrored;
+    for (const auto& r : blocks) mark_stale(r, "a sync write timed out");
+    op.waits_for_target = false;
+    release_waiter(op);
+    switchover_.give_up("the target did not answer a sync write in time");
+    if (mode_ == Mode::sync) {
+      fallback_ = true;
+      enter_mode(Mode::async, "the target did not answer a sync write in time");
+    }
+  }
+}
+
+void Migration::leave_fallback() {
+  if (!fallback_ || !no_debt()) return;
+  fallback_ = false;
+  if (switchover_.state() == Switchover::State::none) {
+    enter_mode(options_.mode, "the debt has drained");
+  }
+}
+
+// --- time and phases
+// ------------------------------------------------------------------------------
+
+void Migration::expire_suspects() {
+  if (suspects_.empty()) return;
+  const auto over = suspects_.expire(context_.now);
+  if (over.empty() || !map_) return;
+  for (const auto& r : over) map_->clear_flag(r, ChunkFlag::suspect);
+  suspects_.for_each([&](ByteRange r) { map_->set_flag(r, ChunkFlag::suspect); });
+  copier_.poke();
+}
+
+void Migration::tick() {
+  expire_suspects();
+  if (!ended_) {
+    rate_.tick(context_.now, !queue_.empty() || copier_.active());
+    expire_sync_waits();
+    leave_fallback();
+    switchover_.tick();
+    copier_.poke();
+  }
+}
+
+void Migration::try_to_start() {
+  if (started_ || !link_up_) return;
+  bool older = false;
+  guests_.for_each([&](GuestOp& op) {
+    older = older || (is_write(op.command) && static_cast<std::uint64_t>(op.id) < start_barrier_);
+  });
+  if (older) return;
+  started_ = true;
+}
+
+void Migration::pump() {
+  if (!ended_) {
+    try_to_start();
+    if (mirroring() && !holds_writes() && context_.now >= retry_at_) copier_.start_copies();
+    dispatch();
+    maybe_flush();
+    verifier_.finish_if_done();
+    update_in_sync();
+    switchover_.advance();
+  }
+  close_when_drained();
+}
+
+std::uint64_t Migration::stale_bytes() const {
+  if (!map_) return context_.config.size;
+  const std::uint64_t unreadable = options_.skip_unreadable ? copier_.unreadable_stale_bytes() : 0;
+  return map_->stale_bytes() - unreadable;
+}
+
+bool Migration::no_debt() const {
+  if (!map_ || stale_bytes() != 0 || map_->armed_bytes() != 0) return false;
+  if (queue_.acknowledged() != 0 || in_flight_.acknowledged() != 0) return false;
+  for (const auto& [id, rb] : read_backs_) {
+    const GuestOp* op = guests_.find(rb.guest);
+    if (op != nullptr && op->replied) return false;
+  }
+  return true;
+}
+
+void Migration::update_in_sync() {
+  if (!started_ || !link_up_ || paused_) {
+    in_sync_ = false;
+    return;
+  }
+  const std::uint64_t debt =
+      stale_bytes() + map_->armed_bytes() + queue_.bytes() + in_flight_.buffer_bytes();
+  const double drain =
+      rate_.bytes_per_second() * std::chrono::duration<double>(options_.downtime_limit).count();
+  // Twice as much ends it as began it: the phase does not flutter.
+  const double limit = in_sync_ ? 2 * drain : drain;
+  in_sync_ = suspects_.empty() && (no_debt() || static_cast<double>(debt) <= limit);
+}
+
+Phase Migration::phase() const {
+  using State = Switchover::State;
+  if (ended_) return *ended_;
+  switch (switchover_.state()) {
+    case State::prepared:
+      return Phase::prepared;
+    case State::sealed:
+      return Phase::sealed;
+    case State::sealing:
+    case State::committing:
+      return Phase::switching;
+    case State::committed:
+      return Phase::switched;
+    case State::none:
+    case State::preparing:
+      break;
+  }
+  if (!ever_up_) return Phase::connecting;
+  if (!link_up_) return Phase::interrupted;
+  if (paused_) return Phase::paused;
+  return in_sync_ ? Phase::in_sync : Phase::copying;
+}
+
+void Migration::report(Status& s) const {
+  s.phase = phase();
+  s.mode = mode_;
+  s.mode_wanted = options_.mode;
+  s.mode_reason = mode_reason_;
+  s.stale_bytes = map_ ? map_->stale_bytes() : context_.config.size;
+  s.copying_bytes = map_ ? map_->armed_bytes() : 0;
+  s.buffered_bytes = queue_.bytes() + in_flight_.buffer_bytes();
+  s.copied_bytes = copied_bytes_;
+  s.zeroed_bytes = zeroed_bytes_;
+  s.mirrored_bytes = mirrored_bytes_;
+  s.suspect_bytes = suspects_.bytes();
+  s.unreadable_bytes = copier_.unreadable_bytes();
+  s.verified_bytes = verifier_.verified_bytes();
+  s.mismatched_bytes = verifier_.mismatched_bytes();
+  s.verifying = verifier_.running();
+  s.in_sync = in_sync_ && !ended_;
+  s.holding = holds_writes();
+  s.bytes_per_second = rate_.bytes_per_second();
+  s.last_error = last_error_;
+}
+
+void Migration::check_invariants() const {
+  queue_.check_invariants();
+  in_flight_.check_invariants();
+  if (!map_) return;
+  map_->check_invariants();
+  copier_.check_invariants();
+  queue_.for_each([&](const MirrorEntry& e) {
+    NBDFERRY_ASSERT(!map_->any(map_->covering(e.range), BlockState::stale),
+                    "data is queued for a stale block");
+  });
+  suspects_.for_each([&](ByteRange r) {
+    NBDFERRY_ASSERT(map_->all(map_->covering(r), BlockState::stale),
+                    "a suspect block is not stale");
+  });
+}
+
+}  // namespace nbdferry::mirror

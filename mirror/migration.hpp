@@ -1,0 +1,191 @@
+// Migration: one move of the disk, from `migrate` to its end. Owns everything that is known of the
+// target: the map, the queue of mirrored writes, what is in flight, what is unflushed, the copier,
+// the verifier and the switchover. The guest's requests stay with the engine.
+//
+// The one operation on which all rules lean is mark_stale(): a block that becomes stale loses its
+// unsent data, its copy under way and its claim on writes in progress, all at once (rule 6).
+//
+// Files: migration.cpp (life cycle, phases), migration_guest.cpp (guest writes: classify, mirror),
+// migration_target.cpp (what goes to the target, and its answers), copier, verifier, switchover.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+
+#include "mirror/block_map.hpp"
+#include "mirror/context.hpp"
+#include "mirror/copier.hpp"
+#include "mirror/flush_tracker.hpp"
+#include "mirror/guest_ops.hpp"
+#include "mirror/mirror_queue.hpp"
+#include "mirror/rate_meter.hpp"
+#include "mirror/suspects.hpp"
+#include "mirror/switchover.hpp"
+#include "mirror/target_ops.hpp"
+#include "mirror/verifier.hpp"
+
+namespace nbdferry::mirror {
+
+class Migration {
+ public:
+  Migration(Context& context, GuestOps& guests, Suspects& suspects, const Start& start);
+
+  // --- events ---
+  void target_up(const TargetUp& event);
+  void target_window(const TargetWindow& event);
+  void target_lost(const std::string& reason);
+  void target_refused(const std::string& reason);
+  void target_closed() { closed_ = true; }
+  void source_done(SourceDone&& event);  // kinds readback, copy, hint, verify
+  void target_done(TargetDone&& event);
+  void tick();
+  // After each event: starts whatever can be started now.
+  void pump();
+
+  // --- the guest's writes ---
+  // At admission: decides which blocks the target needs it for, and marks the others (rule 2). In
+  // sync mode the target's part goes out beside the source's.
+  void classify(GuestOp& op);
+  // The source has answered; the engine replies when nothing is waited for any more.
+  void source_answered(GuestOp& op, IoError error, bool changed);
+  void source_progress() {
+    if (map_ && !ended_) copier_.source_progress();
+  }
+  // What the ranges of running guest writes are widened to.
+  [[nodiscard]] std::uint64_t order_alignment() const { return map_ ? info_.block_min : 1; }
+  [[nodiscard]] bool holds_writes() const { return switchover_.holds_writes(); }
+
+  // --- operator ---
+  void pause(CommandId command);
+  void resume(CommandId command);
+  void cancel(CommandId command);
+  void set_mode(CommandId command, Mode mode);
+  [[nodiscard]] Switchover& switchover() { return switchover_; }
+  [[nodiscard]] Verifier& verifier() { return verifier_; }
+
+  // --- state ---
+  [[nodiscard]] Phase phase() const;
+  [[nodiscard]] bool ended() const { return ended_.has_value(); }
+  [[nodiscard]] bool closed() const { return closed_; }
+  [[nodiscard]] bool in_sync() const { return in_sync_; }
+  [[nodiscard]] bool link_up() const { return link_up_; }
+  [[nodiscard]] bool paused() const { return paused_; }
+  [[nodiscard]] const TargetInfo& info() const { return info_; }
+  [[nodiscard]] const TargetWindow& window() const { return window_; }
+  [[nodiscard]] const MigrateOptions& options() const { return options_; }
+  void report(Status& status) const;
+  void check_invariants() const;
+
+  // --- for its parts (copier, verifier, switchover) ---
+  [[nodiscard]] Context& context() { return context_; }
+  [[nodiscard]] BlockMap& map() { return *map_; }
+  [[nodiscard]] GuestOps& guests() { return guests_; }
+  [[nodiscard]] MirrorQueue& queue() { return queue_; }
+  [[nodiscard]] TargetOps& in_flight() { return in_flight_; }
+  // Whole target blocks that cover `range`; never smaller than the map's.
+  [[nodiscard]] ByteRange blocks_of(ByteRange range) const;
+  [[nodiscard]] std::uint64_t block_size() const {
+    return std::max<std::uint64_t>(block_size_min, info_.block_min);
+  }
+  // The target does not hold these blocks (any more). `why` ends a prepared switchover.
+  void mark_stale(ByteRange blocks, const char* why);
+  // Stale bytes that stand between us and the end: without what can't be read and may be skipped.
+  [[nodiscard]] std::uint64_t stale_bytes() const;
+  // Stale or acknowledged and not answered by the target (DESIGN.md, "debt"): is there none at all?
+  [[nodiscard]] bool no_debt() const;
+  [[nodiscard]] bool has_suspects() const { return !suspects_.empty(); }
+  [[nodiscard]] std::uint64_t unreadable_bytes() const { return copier_.unreadable_bytes(); }
+  void enter_mode(Mode mode, const std::string& reason);
+  // After a switchover was given up: the mode as it would be without.
+  void restore_mode();
+  // Submits a flush of the target now if none is under way; its id, or nullopt.
+  std::optional<OpId> flush_target();
+  void end(Phase phase, const std::string& reason);
+  [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
+  void count_copied(std::uint64_t sent, std::uint64_t zeroed) {
+    copied_bytes_ += sent;
+    zeroed_bytes_ += zeroed;
+  }
+
+ private:
+  struct ReadBack {
+    OpId guest{};
+    ByteRange range;
+  };
+
+  [[nodiscard]] bool mirroring() const { return started_ && link_up_ && !paused_ && !ended_; }
+  [[nodiscard]] std::string check_target(const TargetInfo& info) const;
+  void try_to_start();
+  void end_guest_waits();
+  void mark_unflushed_stale(const char* why);
+  void expire_suspects();
+  void expire_sync_waits();
+  void leave_fallback();
+  void update_in_sync();
+  void close_when_drained();
+
+  void enqueue(GuestOp& op, bool early);
+  void enqueue_part(GuestOp& op, ByteRange part);
+  void push_piece(GuestOp& op, MirrorEntry entry);
+  void read_back(GuestOp& op, ByteRange block);
+  void read_back_done(SourceDone&& event);
+  void release_waiter(GuestOp& op);
+  [[nodiscard]] bool can_queue_early(const GuestOp& op) const;
+
+  void dispatch();
+  bool dispatch_mirrored();
+  bool dispatch_copy();
+  bool dispatch_verify();
+  void maybe_flush();
+  void mirrored_done(const TargetOp& op, IoError error);
+  void flush_done(const TargetOp& op, IoError error);
+  void target_failed(const TargetOp& op, IoError error);
+
+  Context& context_;
+  GuestOps& guests_;
+  Suspects& suspects_;
+  MigrateOptions options_;
+  TargetInfo info_;
+  TargetWindow window_;
+
+  std::unique_ptr<BlockMap> map_;  // from the first TargetUp
+  MirrorQueue queue_;
+  TargetOps in_flight_;
+  FlushTracker unflushed_;
+  Copier copier_;
+  Verifier verifier_;
+  Switchover switchover_;
+  std::unordered_map<OpId, ReadBack> read_backs_;
+  RateMeter rate_;
+
+  std::optional<CommandId> start_command_;
+  std::uint64_t start_barrier_ = 0;  // guest writes that arrived up to this op end before it starts
+  bool link_up_ = false;
+  bool ever_up_ = false;
+  bool started_ = false;
+  bool paused_ = false;
+  bool in_sync_ = false;
+  std::optional<Phase> ended_;
+  bool closed_ = false;
+  bool close_sent_ = false;
+  Time ended_at_{0};
+
+  Mode mode_;
+  bool fallback_ = false;  // async for now, because a sync write timed out
+  std::string mode_reason_ = "as asked";
+  std::string last_error_;
+
+  std::optional<OpId> flush_op_;
+  Time flushed_at_{0};
+  std::uint32_t errors_in_row_ = 0;
+  Time retry_at_{0};
+  std::uint64_t copy_credit_ = 0;  // bytes that the copier may send before mirrored writes
+
+  std::uint64_t copied_bytes_ = 0;
+  std::uint64_t zeroed_bytes_ = 0;
+  std::uint64_t mirrored_bytes_ = 0;
+};
+
+}  // namespace nbdferry::mirror

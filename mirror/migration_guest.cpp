@@ -1,0 +1,201 @@
+// Migration: the guest's writes, from admission to the queue.
+#include "mirror/migration.hpp"
+
+namespace nbdferry::mirror {
+
+ByteRange Migration::blocks_of(ByteRange range) const {
+  ByteRange r = range.widened(block_size());
+  r.end = std::min(r.end, context_.config.size);
+  return r;
+}
+
+void Migration::mark_stale(ByteRange blocks, const char* why) {
+  const ByteRange r = map_->stale_closure(blocks);
+  map_->set(r, BlockState::stale);
+  if (!NBDFERRY_MUTANT(stale_keeps_queued)) queue_.discard(r);
+  if (!NBDFERRY_MUTANT(stale_keeps_copies)) copier_.discard(r);
+  if (!NBDFERRY_MUTANT(stale_keeps_claims)) {
+    guests_.for_each_running(r, [&](GuestOp& op) { subtract(op.mirrored, r); });
+  }
+  verifier_.touched(r);
+  copier_.poke();
+  switchover_.debt(why);
+}
+
+void Migration::classify(GuestOp& op) {
+  if (!map_ || ended_) return;
+  const ByteRange blocks = blocks_of(op.range);
+  verifier_.touched(blocks);
+  if (!mirroring()) {
+    // Before the write is submitted: from here on the target is known not to hold them.
+    mark_stale(blocks, "a write while not mirroring");
+    return;
+  }
+  map_->for_each_run(blocks, [&](ByteRange r, BlockState s) {
+    const bool skip = s == BlockState::stale ||
+                      (NBDFERRY_MUTANT(armed_is_not_mirrored) && s == BlockState::armed);
+    if (!skip) op.mirrored.push_back(r);
+  });
+  if (op.mirrored.empty() || mode_ != Mode::sync) return;
+  op.waits_for_target = true;
+  if (!can_queue_early(op)) return;
+  op.queued_early = true;
+  enqueue(op, true);
+}
+
+// Beside the source write, and not after it: only where its outcome is known (rule 9), where whole
+// target blocks are written, and where it supersedes nothing (rule 6: its result is not known yet).
+bool Migration::can_queue_early(const GuestOp& op) const {
+  const bool plain = op.command == Command::write || (op.command == Command::zero && !op.fast_zero);
+  if (!plain || op.range != op.range.widened(info_.block_min)) return false;
+  for (const auto& r : op.mirrored) {
+    if (queue_.overlaps(r)) return false;
+  }
+  return true;
+}
+
+void Migration::source_answered(GuestOp& op, IoError error, bool changed) {
+  if (!map_ || ended_) return;
+  if (error != IoError::none) {
+    // What it changed is unknown: the copier finds out (rule 7).
+    if (!NBDFERRY_MUTANT(failed_write_not_stale)) {
+      mark_stale(blocks_of(op.range), "a guest write failed on the source");
+    }
+    op.mirrored.clear();
+    release_waiter(op);
+    return;
+  }
+  if (op.queued_early) return;
+  if (op.command == Command::trim && !changed && !NBDFERRY_MUTANT(trim_always_zeroes)) {
+    op.mirrored.clear();
+    return;
+  }
+  if (!link_up_) {
+    const Ranges blocks = op.mirrored;
+    for (const auto& r : blocks) mark_stale(r, "the target was lost before a write ended");
+    return;
+  }
+  // The mode may have changed while the source was writing.
+  op.waits_for_target = mode_ == Mode::sync && !op.mirrored.empty();
+  if (op.waits_for_target && context_.now - op.admitted_at >= options_.sync_timeout) {
+    op.waits_for_target = false;  // its time is over already: it becomes debt below
+    const Ranges blocks = op.mirrored;
+    for (const auto& r : blocks) mark_stale(r, "a sync write was late on the source");
+    return;
+  }
+  if (!op.mirrored.empty()) enqueue(op, false);
+}
+
+void Migration::enqueue(GuestOp& op, bool early) {
+  NBDFERRY_ASSERT(early || op.source_done, "a write is mirrored before its source result");
+  const Ranges blocks = op.mirrored;  // pushing may make some stale
+  const ByteRange inner_all{
+      (op.range.begin + info_.block_min - 1) / info_.block_min * info_.block_min,
+      op.range.end / info_.block_min * info_.block_min};
+  for (const auto& r : blocks) {
+    const ByteRange inner = inner_all.intersect(r);
+    if (!inner.empty()) enqueue_part(op, inner);
+  }
+  if (op.range == op.range.widened(info_.block_min)) return;
+  // The target's blocks at the ends are covered in part: read them back whole.
+  const ByteRange wide = op.range.widened(info_.block_min);
+  const ByteRange first{wide.begin, wide.begin + info_.block_min};
+  const ByteRange last{wide.end - info_.block_min, wide.end};
+  if (first.begin < op.range.begin || first.end > op.range.end) read_back(op, first);
+  if (last != first && last.end > op.range.end) read_back(op, last);
+}
+
+void Migration::enqueue_part(GuestOp& op, ByteRange part) {
+  const bool data = op.command == Command::write;
+  const std::uint64_t piece_max = piece_bytes(data ? Command::write : Command::zero);
+  for (std::uint64_t at = part.begin; at < part.end; at += piece_max) {
+    MirrorEntry e;
+    e.range = {at, std::min(at + piece_max, part.end)};
+    e.command = data ? Command::write : Command::zero;
+    e.may_hole = op.command == Command::trim || !op.no_hole;
+    if (data) e.payload = op.payload.slice(at - op.range.begin, e.range.length());
+    push_piece(op, std::move(e));
+  }
+}
+
+void Migration::push_piece(GuestOp& op, MirrorEntry entry) {
+  // An earlier piece's overflow may have made this block stale, a large chunk at a time.
+  Ranges wanted;
+  for (const auto& r : intersection(op.mirrored, entry.range)) wanted.push_back(r);
+  if (wanted.size() != 1 || wanted[0] != entry.range) {
+    for (const auto& r : wanted) {
+      MirrorEntry part = entry;
+      part.range = r;
+      if (entry.command == Command::write) {
+        part.payload = entry.payload.slice(r.begin - entry.range.begin, r.length());
+      }
+      push_piece(op, std::move(part));
+    }
+    return;
+  }
+  const std::uint64_t held = queue_.bytes() + in_flight_.buffer_bytes();
+  if (!op.waits_for_target && held + MirrorQueue::cost(entry) > options_.buffer_bytes) {
+    if (map_->armed_bytes() > 0) ++context_.counters.overflow_during_copy;
+    mark_stale(blocks_of(entry.range), "the buffer is full");
+    return;
+  }
+  if (op.waits_for_target) {
+    entry.waiter = op.id;
+    ++op.pieces;
+  }
+  const bool trim = op.command == Command::trim;
+  if (queue_.push(std::move(entry))) {
+    ++context_.counters.superseded;
+    if (trim) ++context_.counters.superseded_by_trim;
+  }
+}
+
+void Migration::read_back(GuestOp& op, ByteRange block) {
+  if (intersection(op.mirrored, block).empty()) return;
+  ++context_.counters.read_backs;
+  ++op.readbacks;
+  const OpId id = context_.new_op(OpKind::readback);
+  read_backs_.emplace(id, ReadBack{op.id, block});
+  DiskOp read;
+  read.id = id;
+  read.command = Command::read;
+  read.range = block;
+  context_.submit_source(std::move(read));
+}
+
+void Migration::read_back_done(SourceDone&& event) {
+  const auto it = read_backs_.find(event.id);
+  if (it == read_backs_.end()) return;  // the migration has ended
+  const ReadBack rb = it->second;
+  read_backs_.erase(it);
+  GuestOp& op = *guests_.find(rb.guest);
+  --op.readbacks;
+  context_.settle.push_back(op.id);
+  const Ranges wanted = intersection(op.mirrored, rb.range);
+  if (wanted.empty()) return;
+  if (event.error != IoError::none) {
+    mark_stale(blocks_of(rb.range), "a block could not be read back");
+    return;
+  }
+  MirrorEntry e;
+  e.range = rb.range;
+  e.payload = std::move(event.data);
+  push_piece(op, std::move(e));
+}
+
+void Migration::release_waiter(GuestOp& op) {
+  op.waits_for_target = false;
+  if (op.pieces == 0) return;
+  // Unsent pieces were discarded when their blocks became stale, or are about to be; those in
+  // flight go on alone.
+  std::vector<ByteRange> unsent;
+  queue_.for_each([&](const MirrorEntry& e) {
+    if (e.waiter == op.id) unsent.push_back(e.range);
+  });
+  for (const auto& r : unsent) queue_.discard(r);
+  op.pieces -= in_flight_.forget_waiter(op.id);
+  NBDFERRY_ASSERT(op.pieces == 0, "a guest write's pieces are miscounted");
+  context_.settle.push_back(op.id);
+}
+
+}  // namespace nbdferry::mirror

@@ -1,0 +1,233 @@
+// Migration: what goes to the target, in which order, and what its answers mean.
+#include <algorithm>
+
+#include "mirror/migration.hpp"
+
+namespace nbdferry::mirror {
+
+namespace {
+
+// Of the bytes on the wire the copier gets at least one in four, so that the end comes nearer.
+constexpr std::uint64_t mirrored_per_copied = 3;
+constexpr std::uint64_t copy_credit_max = 4ULL * 1024 * 1024;
+constexpr std::size_t unflushed_chunks_max = 64 * 1024;
+constexpr Duration error_backoff = std::chrono::milliseconds(100);
+constexpr Duration error_backoff_max = std::chrono::seconds(5);
+
+}  // namespace
+
+std::uint64_t Migration::piece_bytes(Command command) const {
+  const Limits& limits = context_.config.limits;
+  const bool as_zeroes = command == Command::zero && info_.can_zero;
+  const std::uint64_t wanted =
+      as_zeroes ? limits.zero_piece_bytes
+                : std::min<std::uint64_t>(limits.write_piece_bytes, info_.payload_max);
+  // Whole blocks, so that what is cut here is aligned there too.
+  return std::max(block_size(), wanted / block_size() * block_size());
+}
+
+void Migration::dispatch() {
+  if (!link_up_) return;
+  for (;;) {
+    const bool copies_first = copy_credit_ >= context_.config.limits.copy_bytes;
+    if (copies_first && dispatch_copy()) continue;
+    if (dispatch_mirrored()) continue;
+    if (dispatch_copy()) continue;
+    if (dispatch_verify()) continue;
+    return;
+  }
+}
+
+bool Migration::dispatch_mirrored() {
+  while (const MirrorEntry* e = queue_.next()) {
+    const ByteRange blocks = blocks_of(e->range);
+    // Rule 4: it waits for the copy of its block, and for whatever is in flight there.
+    if (map_->any(blocks, BlockState::armed) && !NBDFERRY_MUTANT(mirrored_overtakes_copy)) {
+      const auto copy = copier_.holder(blocks);
+      NBDFERRY_ASSERT(copy.has_value(), "an armed block without a copy");
+      queue_.park_next(*copy);
+      continue;
+    }
+    if (const auto other = in_flight_.conflict(e->range)) {
+      queue_.park_next(*other);
+      continue;
+    }
+    const bool data = e->command == Command::write || !info_.can_zero;
+    const std::uint64_t bytes = data ? e->range.length() : 0;
+    if (!in_flight_.has_room(bytes)) return false;
+    MirrorEntry entry = queue_.take_next();
+    DiskOp op;
+    op.id = context_.new_op(OpKind::mirrored);
+    op.command = entry.command;
+    op.range = entry.range;
+    op.payload = entry.payload;
+    op.may_hole = entry.may_hole;
+    TargetOp record{op.id, OpKind::mirrored,         op.command,   op.range,
+                    bytes, MirrorQueue::cost(entry), entry.waiter, {}};
+    in_flight_.add(std::move(record));
+    map_->set_flag(op.range, ChunkFlag::written);
+    context_.submit_target(std::move(op));
+    copy_credit_ = std::min(copy_credit_max, copy_credit_ + bytes / mirrored_per_copied);
+    return true;
+  }
+  return false;
+}
+
+bool Migration::dispatch_copy() {
+  const CopyPiece* next = copier_.next_piece();
+  if (next == nullptr) {
+    copy_credit_ = 0;
+    return false;
+  }
+  const bool data =
+      next->command == Command::write || (next->command == Command::zero && !info_.can_zero);
+  const std::uint64_t bytes = data ? next->range.length() : 0;
+  if (!in_flight_.has_room(bytes)) return false;
+  CopyPiece piece = copier_.take_piece();
+  DiskOp op;
+  op.id = context_.new_op(OpKind::copy);
+  op.command = piece.command;
+  op.range = piece.range;
+  op.payload = std::move(piece.payload);
+  in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, piece.copy});
+  if (is_write(op.command)) map_->set_flag(op.range, ChunkFlag::written);
+  context_.submit_target(std::move(op));
+  copy_credit_ -= std::min(copy_credit_, bytes);
+  return true;
+}
+
+bool Migration::dispatch_verify() { return verifier_.start_one(); }
+
+std::optional<OpId> Migration::flush_target() {
+  if (flush_op_ || !link_up_ || !in_flight_.has_room(0)) return std::nullopt;
+  DiskOp op;
+  op.id = context_.new_op(OpKind::flush);
+  op.command = Command::flush;
+  flush_op_ = op.id;
+  unflushed_.begin();  // what is acknowledged from now on is not covered
+  in_flight_.add({op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, {}});
+  const OpId id = op.id;
+  context_.submit_target(std::move(op));
+  return id;
+}
+
+// Periodically, to keep small what a loss makes stale.
+void Migration::maybe_flush() {
+  if (!info_.can_flush || flush_op_ || !link_up_ || holds_writes()) return;
+  const Limits& limits = context_.config.limits;
+  const bool much = unflushed_.unflushed_bytes() >= limits.flush_bytes ||
+                    unflushed_.unflushed_chunks() >= unflushed_chunks_max;
+  const bool long_ago = context_.now - flushed_at_ >= limits.flush_period;
+  if (unflushed_.clean() || (!much && !long_ago)) return;
+  (void)flush_target();
+}
+
+void Migration::flush_done(const TargetOp& op, IoError error) {
+  flush_op_.reset();
+  flushed_at_ = context_.now;
+  const bool good = error == IoError::none;
+  if (good) {
+    unflushed_.succeeded(*map_);
+  } else if (!ended_) {
+    ++context_.counters.flush_failures;
+    // A flush that is tried again proves nothing: what it should have covered may be gone (rule 7).
+    if (NBDFERRY_MUTANT(failed_flush_is_retried)) {
+      (void)unflushed_.failed(*map_);
+    } else {
+      for (const auto chunk : unflushed_.failed(*map_)) {
+        mark_stale(map_->chunk_range(chunk), "a flush of the target failed");
+      }
+    }
+    if (error != IoError::lost) target_failed(op, error);
+  } else {
+    (void)unflushed_.failed(*map_);
+  }
+  switchover_.flushed(op.id, good);
+}
+
+void Migration::target_done(TargetDone&& event) {
+  const TargetOp op = in_flight_.remove(event.id);
+  queue_.unpark(op.id);
+  const bool wrote = is_write(op.command);
+  if (event.error == IoError::none) {
+    errors_in_row_ = 0;
+    if (wrote) {
+      rate_.add(op.window_bytes);
+      if (info_.can_flush) unflushed_.written(*map_, op.range);
+    }
+  } else if (event.error == IoError::lost && wrote && !NBDFERRY_MUTANT(lost_is_not_suspect)) {
+    // The old server may apply it at any later time (rule 8), whatever becomes of the migration.
+    ++context_.counters.suspects;
+    suspects_.add(blocks_of(op.range), context_.now + options_.quarantine);
+    map_->set_flag(blocks_of(op.range), ChunkFlag::suspect);
+  }
+  if (op.kind == OpKind::flush) {
+    flush_done(op, event.error);
+    return;
+  }
+  if (event.error != IoError::none && wrote && !ended_) {
+    if (!NBDFERRY_MUTANT(failed_target_not_stale)) {
+      mark_stale(blocks_of(op.range), "a target operation failed");
+    }
+  }
+  const IoError error = event.error;
+  switch (op.kind) {
+    case OpKind::mirrored:
+      mirrored_done(op, event.error);
+      break;
+    case OpKind::copy:
+      copier_.target_done(op, event);
+      break;
+    case OpKind::verify:
+      verifier_.target_done(op, std::move(event));
+      break;
+    default:
+      NBDFERRY_ASSERT(false, "an answer of an unknown kind");
+  }
+  if (wrote && error != IoError::none && error != IoError::lost) target_failed(op, error);
+}
+
+void Migration::mirrored_done(const TargetOp& op, IoError error) {
+  if (error == IoError::none) mirrored_bytes_ += op.range.length();
+  if (!op.waiter) return;
+  GuestOp* guest = guests_.find(*op.waiter);
+  NBDFERRY_ASSERT(guest != nullptr && guest->pieces > 0, "the guest write of a piece is gone");
+  --guest->pieces;
+  context_.settle.push_back(guest->id);
+}
+
+void Migration::target_failed(const TargetOp& op, IoError error) {
+  if (ended_) return;
+  const std::string what = "the target failed to " + std::string(to_string(op.command)) + ": " +
+                           std::string(to_string(error));
+  last_error_ = what;
+  ++errors_in_row_;
+  const bool hopeless = error == IoError::no_space || error == IoError::not_permitted;
+  if (hopeless || errors_in_row_ >= context_.config.limits.target_errors_max) {
+    end(Phase::failed, what);
+    return;
+  }
+  const auto backoff = error_backoff * (1 << std::min<std::uint32_t>(errors_in_row_ - 1, 6));
+  retry_at_ = context_.now + std::min(backoff, error_backoff_max);
+}
+
+void Migration::source_done(SourceDone&& event) {
+  switch (Context::kind_of(event.id)) {
+    case OpKind::readback:
+      read_back_done(std::move(event));
+      break;
+    case OpKind::copy:
+      copier_.source_done(std::move(event));
+      break;
+    case OpKind::hint:
+      copier_.hint_done(std::move(event));
+      break;
+    case OpKind::verify:
+      verifier_.source_done(std::move(event));
+      break;
+    default:
+      NBDFERRY_ASSERT(false, "a source answer of an unknown kind");
+  }
+}
+
+}  // namespace nbdferry::mirror

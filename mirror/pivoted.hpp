@@ -1,0 +1,88 @@
+// Pivoted: the target serves the guest; the source is no longer the authority.
+//
+// What must hold: an acknowledged write is retained until a good flush of the target covers it, and
+// replayed in order when the target comes back; no request, reads included, reaches a reconnected
+// target before the replay is acknowledged. What was sent and unanswered at a loss may still land
+// (rule 8): such ranges stay retained through the quarantine, are read from there, and are written
+// again at its end. Requests wait for the target up to the reconnect delay, then fail with EIO.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <list>
+#include <optional>
+
+#include "mirror/context.hpp"
+#include "mirror/guest_ops.hpp"
+#include "mirror/target_ops.hpp"
+
+namespace nbdferry::mirror {
+
+class Pivoted {
+ public:
+  Pivoted(Context& context, GuestOps& guests, const MigrateOptions& options, const TargetInfo& info,
+          const TargetWindow& window);
+
+  void submit(GuestOp& op);
+
+  void target_up(const TargetUp& event);
+  void target_window(const TargetWindow& event);
+  void target_lost(const std::string& reason);
+  void target_done(TargetDone&& event);
+  void tick();
+  void pump();
+
+  void report(Status& status) const;
+
+ private:
+  struct Retained {
+    ByteRange range;
+    Command command = Command::write;
+    Payload payload;
+    bool may_hole = true;
+    std::uint64_t number = 0;  // order of acknowledgement
+    bool replaying = false;    // to be written again
+  };
+  struct Quarantine {
+    ByteRange range;
+    Time until{0};
+  };
+
+  [[nodiscard]] bool serving() const { return link_up_ && replays_left_ == 0; }
+  [[nodiscard]] bool in_quarantine(ByteRange range) const;
+  [[nodiscard]] bool try_submit(GuestOp& op);
+  void submit_flush(std::optional<OpId> guest);
+  void complete(OpId guest, IoError error);
+  void retain(const GuestOp& op);
+  void release(std::uint64_t up_to);
+  void overlay(GuestOp& op, Payload data);
+  void guest_done(const TargetOp& op, TargetDone&& event);
+  void flush_done(const TargetOp& op, IoError error);
+  void replay_done(const TargetOp& op, IoError error);
+  void start_replay(bool all);
+  void pump_replay();
+  void fail_pending();
+
+  Context& context_;
+  GuestOps& guests_;
+  MigrateOptions options_;
+  TargetInfo info_;
+  TargetWindow window_;
+
+  bool link_up_ = true;
+  Time lost_at_{0};
+  std::string last_error_;
+  TargetOps in_flight_;
+  std::deque<OpId> pending_;      // guest requests that wait for the target, in order
+  std::list<Retained> retained_;  // in order of acknowledgement
+  std::uint64_t retained_bytes_ = 0;
+  std::uint64_t acknowledged_ = 0;  // number of the last retained write
+  std::size_t replays_left_ = 0;
+  bool replay_failed_ = false;  // the next flush has to say so
+  std::vector<Quarantine> quarantines_;
+  std::unordered_map<OpId, std::uint64_t> flush_cuts_;      // flush -> what it covers
+  std::unordered_map<OpId, std::uint64_t> replay_numbers_;  // replay -> which retained write
+  bool own_flush_ = false;
+};
+
+}  // namespace nbdferry::mirror

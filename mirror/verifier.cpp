@@ -1,0 +1,169 @@
+#include "mirror/verifier.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "mirror/migration.hpp"
+
+namespace nbdferry::mirror {
+
+namespace {
+
+constexpr std::size_t comparisons_max = 4;
+constexpr std::uint32_t tries_max = 100;
+constexpr Duration retry_pause = std::chrono::milliseconds(20);
+
+}  // namespace
+
+void Verifier::start(CommandId command) {
+  Context& context = m_.context();
+  if (running()) {
+    context.done(command, false, "cannot verify: a verification is running");
+    return;
+  }
+  if (!m_.in_sync() || m_.switchover().state() != Switchover::State::none) {
+    context.done(command, false,
+                 "cannot verify: the migration is not in sync (or is switching over)");
+    return;
+  }
+  command_ = command;
+  cursor_ = 0;
+  retry_.clear();
+  verified_ = mismatched_ = skipped_ = 0;
+}
+
+void Verifier::stop(const char* why) {
+  if (!command_) return;
+  m_.context().done(*std::exchange(command_, std::nullopt), false,
+                    "verification stopped: " + std::string(why));
+  retry_.clear();
+}
+
+void Verifier::touched(ByteRange range) {
+  for (auto& c : comparisons_) {
+    if (c.job.range.overlaps(range) && !NBDFERRY_MUTANT(verify_ignores_writes)) c.dirty = true;
+  }
+}
+
+// Nothing may change the range on either side while it is compared, but for what touched() reports.
+bool Verifier::quiet(ByteRange range) {
+  if (!m_.map().all(m_.map().covering(range), BlockState::synced)) return false;
+  if (m_.queue().overlaps(range) || m_.in_flight().conflict(range)) return false;
+  bool busy = false;
+  m_.guests().for_each_running(range, [&](GuestOp&) { busy = true; });
+  return !busy;
+}
+
+void Verifier::again(Job job) {
+  if (++job.tries >= tries_max) {
+    skipped_ += job.range.length();
+    return;
+  }
+  // Smaller pieces are quiet more often.
+  const std::uint64_t half = job.range.length() / 2 / m_.block_size() * m_.block_size();
+  if (half != 0) {
+    const std::uint64_t middle = job.range.begin + half;
+    retry_.push_back({{middle, job.range.end}, job.tries});
+    job.range.end = middle;
+  }
+  retry_.push_back(job);
+  retry_at_ = m_.context().now + retry_pause;
+}
+
+std::optional<Verifier::Job> Verifier::next_job() {
+  const std::uint64_t size = m_.map().size();
+  if (cursor_ < size) {
+    const std::uint64_t end = std::min(size, cursor_ + m_.context().config.limits.verify_bytes);
+    Job job{{cursor_, end}, 0};
+    cursor_ = end;
+    return job;
+  }
+  if (retry_.empty() || m_.context().now < retry_at_) return std::nullopt;
+  const Job job = retry_.front();
+  retry_.pop_front();
+  return job;
+}
+
+bool Verifier::start_one() {
+  if (!running() || m_.holds_writes() || comparisons_.size() >= comparisons_max) return false;
+  const std::uint64_t bytes = m_.context().config.limits.verify_bytes;
+  if (!m_.in_flight().has_room(bytes)) return false;
+  const auto job = next_job();
+  if (!job) return false;
+  if (!quiet(job->range)) {
+    again(*job);
+    return true;
+  }
+  Comparison c;
+  c.job = *job;
+  DiskOp op;
+  op.command = Command::read;
+  op.range = job->range;
+  op.id = c.source_op = m_.context().new_op(OpKind::verify);
+  m_.context().submit_source(op);
+  op.id = c.target_op = m_.context().new_op(OpKind::verify);
+  m_.in_flight().add(
+      {op.id, OpKind::verify, Command::read, op.range, op.range.length(), 0, std::nullopt, {}});
+  m_.context().submit_target(std::move(op));
+  comparisons_.push_back(std::move(c));
+  return true;
+}
+
+void Verifier::source_done(SourceDone&& event) {
+  const auto it = std::find_if(comparisons_.begin(), comparisons_.end(),
+                               [&](const Comparison& c) { return c.source_op == event.id; });
+  if (it == comparisons_.end()) return;
+  it->source = std::move(event.data);
+  part_done(it, event.error);
+}
+
+void Verifier::target_done(const TargetOp& op, TargetDone&& event) {
+  const auto it = std::find_if(comparisons_.begin(), comparisons_.end(),
+                               [&](const Comparison& c) { return c.target_op == op.id; });
+  if (it == comparisons_.end()) return;
+  it->target = std::move(event.data);
+  part_done(it, event.error);
+}
+
+void Verifier::part_done(std::list<Comparison>::iterator it, IoError error) {
+  if (error != IoError::none) it->error = error;
+  if (--it->pending != 0) return;
+  Comparison c = std::move(*it);
+  comparisons_.erase(it);
+  if (!running()) return;
+  if (c.error != IoError::none || c.dirty) {
+    again(c.job);
+  } else {
+    compare(c);
+  }
+}
+
+void Verifier::compare(Comparison& c) {
+  const std::uint64_t step = m_.block_size();
+  verified_ += c.job.range.length();
+  for (std::uint64_t at = c.job.range.begin; at < c.job.range.end; at += step) {
+    const ByteRange block{at, std::min(at + step, c.job.range.end)};
+    const std::uint64_t offset = at - c.job.range.begin;
+    if (std::memcmp(c.source.data() + offset, c.target.data() + offset, block.length()) == 0)
+      continue;
+    mismatched_ += block.length();
+    m_.context().notice("verify: source and target differ at byte " + std::to_string(at) +
+                        ": sending it again");
+    m_.mark_stale(m_.blocks_of(block), "verification found a difference");
+  }
+}
+
+void Verifier::finish_if_done() {
+  if (!running() || cursor_ < m_.map().size() || !retry_.empty() || !comparisons_.empty()) return;
+  std::string message =
+      std::to_string(verified_) + " bytes compared, " + std::to_string(mismatched_) + " differed";
+  if (mismatched_ != 0) message += " and were sent again";
+  if (skipped_ != 0) {
+    message += "; " + std::to_string(skipped_) + " bytes were never quiet enough to compare";
+  }
+  m_.context().done(*std::exchange(command_, std::nullopt), mismatched_ == 0 && skipped_ == 0,
+                    message);
+}
+
+}  // namespace nbdferry::mirror

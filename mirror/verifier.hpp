@@ -1,0 +1,73 @@
+// Verifier: compares source and target block by block while the guest writes.
+//
+// A difference counts only if no write to the block was admitted, queued or in flight between the
+// start of the first read and the end of the second. What really differs becomes stale, and so
+// heals.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <list>
+#include <optional>
+
+#include "mirror/context.hpp"
+#include "mirror/target_ops.hpp"
+
+namespace nbdferry::mirror {
+
+class Migration;
+
+class Verifier {
+ public:
+  explicit Verifier(Migration& migration) : m_(migration) {}
+
+  void start(CommandId command);
+  void stop(const char* why);  // ends it without a verdict
+
+  [[nodiscard]] bool running() const { return command_.has_value(); }
+  [[nodiscard]] std::uint64_t verified_bytes() const { return verified_; }
+  [[nodiscard]] std::uint64_t mismatched_bytes() const { return mismatched_; }
+
+  // A write of `range` was admitted, or it became stale: comparisons of it do not count.
+  void touched(ByteRange range);
+
+  // Starts one comparison if there is one to start and room for it.
+  bool start_one();
+  void source_done(SourceDone&& event);
+  void target_done(const TargetOp& op, TargetDone&& event);
+  void finish_if_done();
+
+ private:
+  struct Job {
+    ByteRange range;
+    std::uint32_t tries = 0;
+  };
+  struct Comparison {
+    Job job;
+    OpId source_op{};
+    OpId target_op{};
+    bool dirty = false;
+    std::uint32_t pending = 2;
+    IoError error = IoError::none;
+    Payload source;
+    Payload target;
+  };
+
+  [[nodiscard]] std::optional<Job> next_job();
+  [[nodiscard]] bool quiet(ByteRange range);
+  void again(Job job);
+  void compare(Comparison& c);
+  void part_done(std::list<Comparison>::iterator it, IoError error);
+
+  Migration& m_;
+  std::optional<CommandId> command_;
+  std::uint64_t cursor_ = 0;
+  std::deque<Job> retry_;
+  Time retry_at_{0};
+  std::list<Comparison> comparisons_;
+  std::uint64_t verified_ = 0;
+  std::uint64_t mismatched_ = 0;
+  std::uint64_t skipped_ = 0;
+};
+
+}  // namespace nbdferry::mirror
