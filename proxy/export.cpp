@@ -1,0 +1,405 @@
+// Export: the loop around the core, and what its actions mean outside.
+#include "proxy/export.hpp"
+
+#include <stdexcept>
+#include <utility>
+#include <variant>
+
+#include <boost/asio/post.hpp>
+#include <fmt/format.h>
+
+#include "proxy/export_impl.hpp"
+#include "proxy/log.hpp"
+#include "proxy/migration_id.hpp"
+
+namespace nbdferry::proxy {
+
+namespace {
+
+constexpr Duration tick_period = std::chrono::milliseconds(5);
+
+mirror::Serving serving_for(Role role) {
+  const bool ours = role == Role::owner || role == Role::incoming;
+  return ours ? mirror::Serving::source : mirror::Serving::nobody;
+}
+
+}  // namespace
+
+std::unique_ptr<Export> Export::open(boost::asio::io_context& io, const ExportOptions& options) {
+  // The disk first: it takes the lock under which the record is ours to change.
+  const auto probe =
+      LocalDiskOptions{options.disk, options.read_only, options.direct, options.create_size};
+  ProbedDisk probed = probe_disk(probe);
+  const RecordPlace place = owner_record_place(options.disk);
+  if (!place.note.empty()) log_line(place.note);
+  OwnerRecord record = OwnerRecord::load(place.path, options.disk);
+  if (!record.note().empty()) log_line(record.note());
+  if (options.incoming && record.current().role != Role::incoming) {
+    Ownership next;
+    next.role = Role::incoming;
+    record.write(std::move(next));
+  }
+  return std::make_unique<ExportImpl>(io, options, std::move(probed), std::move(record));
+}
+
+ExportImpl::ExportImpl(boost::asio::io_context& io, const ExportOptions& options, ProbedDisk disk,
+                       OwnerRecord record)
+    : io_(io),
+      options_(options),
+      record_(std::move(record)),
+      ownership_(record_.current()),
+      ticks_(io),
+      stop_timer_(io) {
+  disk_ = std::make_unique<LocalDisk>(io, std::move(disk), options.read_only,
+                                      [this](mirror::SourceDone&& done) { post(std::move(done)); });
+  if (!disk_->note().empty()) log_line(disk_->note());
+  info_.name = options.name;
+  info_.description = options.disk;
+  info_.size = disk_->size();
+  info_.read_only = options.read_only;
+  info_.rotational = disk_->rotational();
+  mirror::EngineConfig config;
+  config.size = info_.size;
+  config.source_align = disk_->align();
+  config.promised_block_min = info_.block_min;
+  config.serving = serving_for(ownership_.role);
+  engine_ = std::make_unique<mirror::Engine>(config);
+  if (ownership_.role == Role::retired || ownership_.role == Role::pivoted) {
+    log_line(
+        fmt::format("{}: {} to {}: refusing all I/O (serve it there; or, if this copy is to "
+                    "count again, unfence it)",
+                    options.disk, to_string(ownership_.role), fmt::join(ownership_.uris, " ")));
+  } else if (ownership_.role == Role::incoming) {
+    log_line(fmt::format("{}: incoming: takes writes only from its migration until promoted",
+                         options.disk));
+  }
+}
+
+ExportImpl::~ExportImpl() { helper_.join(); }
+
+Time ExportImpl::now() const {
+  return std::chrono::duration_cast<Time>(std::chrono::steady_clock::now().time_since_epoch());
+}
+
+// --- the loop
+// -------------------------------------------------------------------------------------
+
+void ExportImpl::post(mirror::Event&& event) {
+  events_.push_back(std::move(event));
+  drain();
+}
+
+void ExportImpl::drain() {
+  if (draining_) return;
+  draining_ = true;
+  const Time t = now();
+  while (!events_.empty()) {
+    mirror::Event event = std::move(events_.front());
+    events_.pop_front();
+    engine_->apply(std::move(event), t, actions_);
+    perform();
+  }
+  draining_ = false;
+  arm_ticks();
+}
+
+void ExportImpl::perform() {
+  for (auto& action : actions_) {
+    std::visit([this](auto& a) { on(std::move(a)); }, action);
+  }
+  actions_.clear();
+}
+
+void ExportImpl::on(mirror::SubmitSource&& a) {
+  mirror::SourceDone done;
+  if (disk_->submit(std::move(a.op), done)) events_.emplace_back(std::move(done));
+}
+
+void ExportImpl::on(mirror::SubmitTarget&& a) { target_->submit(std::move(a.op)); }
+
+void ExportImpl::on(mirror::Reply&& a) {
+  const std::uint32_t number = session_of(a.id);
+  if (number == internal_session) {
+    stop_flushed(a.error);
+    return;
+  }
+  const auto it = sessions_.find(number);
+  if (it != sessions_.end()) it->second.sink->reply(std::move(a));
+}
+
+void ExportImpl::on(mirror::OpenTarget&&) {
+  transport::TargetConfig config;
+  config.uris = request_.uris;
+  config.connections = request_.connections;
+  config.size_wanted = info_.size;
+  config.migration_id = migration_id_;
+  target_uris_ = request_.uris;
+  target_ =
+      transport::Target::create(io_.get_executor(), std::move(config),
+                                [this](mirror::Event&& event) { target_event(std::move(event)); });
+  target_->open();
+}
+
+void ExportImpl::on(mirror::CloseTarget&&) { target_->close(); }
+
+void ExportImpl::target_event(mirror::Event&& event) {
+  const bool closed = std::holds_alternative<mirror::TargetClosed>(event);
+  if (closed) {
+    // Not from inside its own call.
+    boost::asio::post(io_, [old = std::shared_ptr<transport::Target>(std::move(target_))] {});
+    target_.reset();
+  }
+  post(std::move(event));
+}
+
+void ExportImpl::on(mirror::WriteRecord&& a) {
+  Ownership next = ownership_;
+  const bool pivot = a.kind == mirror::SwitchKind::pivot;
+  next.role = pivot ? Role::pivoted : Role::retired;
+  next.uris = target_uris_;
+  next.peer = target_uris_.empty() ? "" : target_uris_.front();
+  next.migration_id = migration_id_;
+  write_record(std::move(next), [this](const std::string& error) {
+    post(mirror::RecordWritten{error.empty(), error});
+  });
+}
+
+void ExportImpl::on(mirror::CommandDone&& a) {
+  const auto it = commands_.find(a.command);
+  if (it == commands_.end()) return;
+  CommandHandler handler = std::move(it->second);
+  commands_.erase(it);
+  // Later: a handler may call back into us.
+  boost::asio::post(io_, [handler = std::move(handler), ok = a.ok, text = std::move(a.message)] {
+    handler(ok, text);
+  });
+}
+
+void ExportImpl::on(mirror::Notice&& a) { log_line(a.text); }
+
+void ExportImpl::arm_ticks() {
+  if (ticking_ || !engine_->wants_ticks()) return;
+  ticking_ = true;
+  ticks_.expires_after(tick_period);
+  ticks_.async_wait([this](const boost::system::error_code& ec) {
+    if (ec) return;
+    ticking_ = false;
+    measure_progress();
+    post(mirror::Tick{});
+  });
+}
+
+// --- sessions
+// -------------------------------------------------------------------------------------
+
+std::uint32_t ExportImpl::attach(ReplySink& sink, std::string_view migration) {
+  const std::uint32_t number = ++last_session_;
+  sessions_.emplace(number, Session{&sink, std::string(migration)});
+  if (!migration.empty() && migration != incoming_claim_) {
+    // The same source starts anew: what its earlier connections still hold is not to be written.
+    incoming_claim_ = migration;
+    fence_migrations(incoming_claim_);
+  }
+  return number;
+}
+
+void ExportImpl::detach(std::uint32_t session) { sessions_.erase(session); }
+
+void ExportImpl::fence_migrations(std::string_view except) {
+  std::vector<ReplySink*> out;
+  for (const auto& [number, s] : sessions_) {
+    if (!s.migration.empty() && s.migration != except) out.push_back(s.sink);
+  }
+  for (ReplySink* sink : out) sink->fence();
+}
+
+bool ExportImpl::knows_migration(std::string_view migration) const {
+  const auto source = source_of(migration);
+  if (ownership_.role != Role::incoming || !source) return false;
+  return incoming_claim_.empty() || source_of(incoming_claim_) == source;
+}
+
+bool ExportImpl::may_write(std::uint32_t session) const {
+  if (ownership_.role != Role::incoming) return true;
+  const auto it = sessions_.find(session);
+  return it != sessions_.end() && !it->second.migration.empty() &&
+         it->second.migration == incoming_claim_;
+}
+
+void ExportImpl::submit(mirror::GuestRequest&& request) {
+  meter_.count(request.command, request.range.length(), now());
+  post(std::move(request));
+}
+
+// --- the record
+// -----------------------------------------------------------------------------------
+
+void ExportImpl::write_record(Ownership next, std::function<void(std::string)> done) {
+  if (record_busy_) {
+    done("the ownership record is being written already");
+    return;
+  }
+  record_busy_ = true;
+  boost::asio::post(helper_, [this, next = std::move(next), done = std::move(done)]() mutable {
+    const Role wanted = next.role;
+    std::string error;
+    try {
+      record_.write(std::move(next));
+    } catch (const std::exception& e) {
+      error = e.what();
+      // What counts is what the next start will find.
+      try {
+        record_ = OwnerRecord::load(record_.path(), options_.disk);
+        if (record_.current().role == wanted) error.clear();
+      } catch (const std::exception& reload) {
+        error += fmt::format("; and it cannot be read again: {}", reload.what());
+      }
+    }
+    boost::asio::post(io_, [this, error, current = record_.current(), done = std::move(done)] {
+      record_busy_ = false;
+      if (error.empty()) ownership_ = current;
+      done(error);
+    });
+  });
+}
+
+void ExportImpl::promote(CommandHandler done) {
+  if (ownership_.role == Role::owner) {
+    done(true, "");
+    return;
+  }
+  if (ownership_.role != Role::incoming) {
+    done(false,
+         fmt::format("cannot promote: the disk is {}, not incoming", to_string(ownership_.role)));
+    return;
+  }
+  Ownership next = ownership_;
+  next.role = Role::owner;
+  write_record(std::move(next), [this, done = std::move(done)](const std::string& error) {
+    if (error.empty()) {
+      incoming_claim_.clear();
+      fence_migrations({});
+    }
+    done(error.empty(), error);
+  });
+}
+
+void ExportImpl::unfence(CommandHandler done) {
+  if (ownership_.role == Role::owner) {
+    done(true, "");
+    return;
+  }
+  if (engine_->status().serving == mirror::Serving::target) {
+    done(false, "cannot unfence: the disk has been pivoted and its target serves");
+    return;
+  }
+  Ownership next = ownership_;
+  next.role = Role::owner;
+  next.uris.clear();
+  write_record(std::move(next), [this, done = std::move(done)](const std::string& error) {
+    if (!error.empty()) {
+      done(false, error);
+      return;
+    }
+    incoming_claim_.clear();
+    fence_migrations({});
+    post(mirror::Unfence{remember(done)});
+  });
+}
+
+// --- operator
+// -------------------------------------------------------------------------------------
+
+CommandId ExportImpl::remember(CommandHandler done) {
+  const CommandId id{++last_command_};
+  commands_.emplace(id, std::move(done));
+  return id;
+}
+
+void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
+  if (options_.read_only) {
+    done(false, "cannot migrate: the disk is served read-only");
+    return;
+  }
+  if (ownership_.role != Role::owner) {
+    done(false, fmt::format("cannot migrate: the disk is {}", to_string(ownership_.role)));
+    return;
+  }
+  const mirror::Phase phase = engine_->status().phase;
+  const bool may_start = phase == mirror::Phase::idle || phase == mirror::Phase::failed ||
+                         phase == mirror::Phase::cancelled;
+  if (may_start) {
+    try {
+      // A malformed URI is found before anything starts.
+      transport::TargetConfig trial;
+      trial.uris = request.uris;
+      (void)transport::Target::create(io_.get_executor(), std::move(trial), [](mirror::Event&&) {});
+      migration_id_ = new_migration_id(options_.disk);
+    } catch (const std::exception& e) {
+      done(false, e.what());
+      return;
+    }
+    request_ = std::move(request);
+    progress_ = 0;
+  }
+  post(mirror::Start{remember(std::move(done)), request_.options});
+}
+
+void ExportImpl::command(Verb verb, CommandHandler done) {
+  using mirror::SwitchKind;
+  if (verb == Verb::promote) {
+    promote(std::move(done));
+    return;
+  }
+  if (verb == Verb::unfence) {
+    unfence(std::move(done));
+    return;
+  }
+  const CommandId id = remember(std::move(done));
+  switch (verb) {
+    case Verb::pause:
+      post(mirror::Pause{id});
+      break;
+    case Verb::resume:
+      post(mirror::Resume{id});
+      break;
+    case Verb::cancel:
+      post(mirror::Cancel{id});
+      break;
+    case Verb::verify:
+      post(mirror::Verify{id});
+      break;
+    case Verb::prepare:
+      post(mirror::Prepare{id});
+      break;
+    case Verb::seal:
+      post(mirror::Seal{id});
+      break;
+    case Verb::commit_pivot:
+      post(mirror::Commit{id, SwitchKind::pivot});
+      break;
+    case Verb::commit_release:
+      post(mirror::Commit{id, SwitchKind::release});
+      break;
+    case Verb::switch_pivot:
+      post(mirror::Switch{id, SwitchKind::pivot});
+      break;
+    case Verb::switch_release:
+      post(mirror::Switch{id, SwitchKind::release});
+      break;
+    case Verb::abort:
+      post(mirror::Abort{id});
+      break;
+    case Verb::set_mode_async:
+      post(mirror::SetMode{id, mirror::Mode::async});
+      break;
+    case Verb::set_mode_sync:
+      post(mirror::SetMode{id, mirror::Mode::sync});
+      break;
+    case Verb::promote:
+    case Verb::unfence:
+      break;
+  }
+}
+
+}  // namespace nbdferry::proxy

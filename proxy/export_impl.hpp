@@ -1,0 +1,121 @@
+// ExportImpl: the one thread's loop around the core. Events go in, actions come out and are carried
+// out: on the local disk, on the target, towards the sessions, on the ownership record.
+//
+// What must hold: the core is never re-entered (completions that come at once are queued); every
+// action is carried out in order; nothing here decides what becomes of a request.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/thread_pool.hpp>
+
+#include "proxy/export.hpp"
+#include "proxy/guest_meter.hpp"
+#include "proxy/local_disk.hpp"
+#include "proxy/owner_record.hpp"
+#include "transport/target.hpp"
+
+namespace nbdferry::proxy {
+
+class ExportImpl final : public Export {
+ public:
+  ExportImpl(boost::asio::io_context& io, const ExportOptions& options, ProbedDisk disk,
+             OwnerRecord record);
+  ~ExportImpl() override;
+
+  // Front
+  const ExportInfo& info() const override { return info_; }
+  std::uint32_t attach(ReplySink& sink, std::string_view migration) override;
+  void detach(std::uint32_t session) override;
+  bool knows_migration(std::string_view migration) const override;
+  bool may_write(std::uint32_t session) const override;
+  void submit(mirror::GuestRequest&& request) override;
+
+  // Export
+  void migrate(MigrateRequest request, CommandHandler done) override;
+  void command(Verb verb, CommandHandler done) override;
+  ExportStatus status() const override;
+  void stop(std::function<void(std::string)> done) override;
+
+ private:
+  // Requests of our own, through the core like a guest's.
+  static constexpr std::uint32_t internal_session = 0;
+
+  struct Session {
+    ReplySink* sink = nullptr;
+    std::string migration;
+  };
+
+  void post(mirror::Event&& event);
+  void drain();
+  void perform();
+  void on(mirror::SubmitSource&& a);
+  void on(mirror::SubmitTarget&& a);
+  void on(mirror::Reply&& a);
+  void on(mirror::OpenTarget&& a);
+  void on(mirror::CloseTarget&& a);
+  void on(mirror::WriteRecord&& a);
+  void on(mirror::CommandDone&& a);
+  void on(mirror::Notice&& a);
+  void target_event(mirror::Event&& event);
+
+  [[nodiscard]] Time now() const;
+  void arm_ticks();
+  void measure_progress();
+  CommandId remember(CommandHandler done);
+  // Writes the record off the loop; then calls done(error text or empty) on it.
+  void write_record(Ownership next, std::function<void(std::string)> done);
+  void promote(CommandHandler done);
+  void unfence(CommandHandler done);
+  void fence_migrations(std::string_view except);
+
+  void stop_when_quiet();
+  void stop_flushed(IoError error);
+  void stop_when_closed();
+
+  boost::asio::io_context& io_;
+  ExportOptions options_;
+  OwnerRecord record_;
+  Ownership ownership_;  // as recorded last; record_ itself may be at work off the loop
+  ExportInfo info_;
+  std::unique_ptr<LocalDisk> disk_;
+  std::unique_ptr<mirror::Engine> engine_;
+  std::unique_ptr<transport::Target> target_;
+  std::vector<std::string> target_uris_;
+  MigrateRequest request_;  // of the migration that runs or is to start
+  std::string migration_id_;
+
+  std::deque<mirror::Event> events_;
+  mirror::Actions actions_;
+  bool draining_ = false;
+
+  std::uint32_t last_session_ = 0;
+  std::unordered_map<std::uint32_t, Session> sessions_;
+  std::string incoming_claim_;  // the migration whose writes an incoming disk takes
+
+  std::uint64_t last_command_ = 0;
+  std::unordered_map<CommandId, CommandHandler> commands_;
+
+  boost::asio::steady_timer ticks_;
+  bool ticking_ = false;
+  mutable GuestMeter meter_;
+  Time measured_at_{0};
+  std::uint64_t measured_debt_ = 0;
+  double progress_ = 0;  // bytes of debt that go away each second
+
+  boost::asio::thread_pool helper_{1};  // for what blocks: the record
+  bool record_busy_ = false;
+
+  boost::asio::steady_timer stop_timer_;
+  std::function<void(std::string)> stop_handler_;
+  Time stop_deadline_{0};
+  std::string stop_error_;
+};
+
+}  // namespace nbdferry::proxy

@@ -1,0 +1,142 @@
+// Export: what it tells the operator, and how it stops.
+#include <algorithm>
+
+#include <boost/asio/post.hpp>
+#include <fmt/format.h>
+
+#include "proxy/export_impl.hpp"
+#include "proxy/log.hpp"
+
+namespace nbdferry::proxy {
+
+namespace {
+
+constexpr Duration measure_period = std::chrono::milliseconds(500);
+constexpr double progress_weight = 0.3;
+constexpr Duration stop_poll = std::chrono::milliseconds(5);
+constexpr Duration stop_limit = std::chrono::seconds(60);
+
+std::uint64_t debt_of(const mirror::Status& s) {
+  return s.stale_bytes + s.copying_bytes + s.buffered_bytes;
+}
+
+std::string verdict_of(const mirror::Status& s, const std::optional<double>& eta) {
+  using mirror::Phase;
+  switch (s.phase) {
+    case Phase::idle:
+      return "no migration";
+    case Phase::connecting:
+      return "connecting to the target";
+    case Phase::copying:
+      if (s.suspect_bytes != 0 && s.stale_bytes <= s.suspect_bytes) {
+        return "waiting for the quarantine of writes that were lost with a connection";
+      }
+      return eta ? fmt::format("copying: about {:.0f} s left", *eta) : "copying";
+    case Phase::in_sync:
+      return "in sync: ready to switch";
+    case Phase::interrupted:
+      return "interrupted: the target is gone, the guest goes on, trying again";
+    case Phase::failed:
+      return "failed: " + s.last_error;
+    default:
+      return std::string(to_string(s.phase));
+  }
+}
+
+}  // namespace
+
+void ExportImpl::measure_progress() {
+  const Time t = now();
+  if (t - measured_at_ < measure_period) return;
+  const std::uint64_t debt = debt_of(engine_->status());
+  const double seconds = std::chrono::duration<double>(t - measured_at_).count();
+  if (measured_at_ != Time{0} && measured_debt_ > debt) {
+    const double sample = static_cast<double>(measured_debt_ - debt) / seconds;
+    progress_ = progress_ == 0 ? sample : progress_ + (sample - progress_) * progress_weight;
+  } else {
+    progress_ *= 1 - progress_weight;
+  }
+  measured_at_ = t;
+  measured_debt_ = debt;
+}
+
+ExportStatus ExportImpl::status() const {
+  ExportStatus s;
+  s.name = options_.name;
+  s.disk = options_.disk;
+  s.role = to_string(ownership_.role);
+  s.peer = ownership_.peer;
+  s.core = engine_->status();
+  const bool migrating = s.core.phase != mirror::Phase::idle;
+  if (migrating) s.migration_id = migration_id_;
+  if (migrating && s.peer.empty() && !request_.uris.empty()) s.peer = request_.uris.front();
+  if (target_) {
+    for (auto& p : target_->paths()) {
+      s.paths.push_back(
+          {std::move(p.uri), std::move(p.state), p.connections, p.sent_bytes, p.rtt_us});
+    }
+  }
+  const auto& rates = meter_.rates(now());
+  s.guest_read_iops = rates.read_iops;
+  s.guest_write_iops = rates.write_iops;
+  s.guest_write_bytes_per_second = rates.write_bytes_per_second;
+  s.guest_connections = static_cast<std::uint32_t>(sessions_.size());
+  const std::uint64_t debt = debt_of(s.core);
+  if (s.core.phase == mirror::Phase::copying && progress_ > 1) {
+    s.eta_seconds = static_cast<double>(debt) / progress_;
+  } else if (s.core.in_sync) {
+    s.eta_seconds = 0;
+  }
+  s.verdict = verdict_of(s.core, s.eta_seconds);
+  return s;
+}
+
+// --- stopping
+// -------------------------------------------------------------------------------------
+
+void ExportImpl::stop(std::function<void(std::string)> done) {
+  stop_handler_ = std::move(done);
+  stop_deadline_ = now() + stop_limit;
+  stop_when_quiet();
+}
+
+void ExportImpl::stop_when_quiet() {
+  const bool quiet = engine_->open_requests() == 0 && !record_busy_;
+  if (!quiet && now() < stop_deadline_) {
+    stop_timer_.expires_after(stop_poll);
+    stop_timer_.async_wait([this](const boost::system::error_code&) { stop_when_quiet(); });
+    return;
+  }
+  if (!quiet) stop_error_ = "requests were still open after 60 s";
+  // Through the core: it knows whether the disk or the target serves.
+  mirror::GuestRequest flush;
+  flush.id = make_request_id(internal_session, 0);
+  flush.command = Command::flush;
+  post(std::move(flush));
+}
+
+void ExportImpl::stop_flushed(IoError error) {
+  if (error != IoError::none && error != IoError::shutdown && !options_.read_only) {
+    stop_error_ = fmt::format("the disk could not be flushed: {}", to_string(error));
+  }
+  boost::asio::post(io_, [this] {
+    if (engine_->status().serving != mirror::Serving::target) {
+      command(Verb::cancel, [](bool, const std::string&) {});
+    } else if (target_) {
+      target_->close();
+    }
+    stop_when_closed();
+  });
+}
+
+void ExportImpl::stop_when_closed() {
+  if (target_ && now() < stop_deadline_) {
+    stop_timer_.expires_after(stop_poll);
+    stop_timer_.async_wait([this](const boost::system::error_code&) { stop_when_closed(); });
+    return;
+  }
+  ticks_.cancel();
+  stop_handler_(stop_error_);
+}
+
+}  // namespace nbdferry::proxy
