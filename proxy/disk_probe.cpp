@@ -35,14 +35,6 @@ constexpr std::size_t sniffed_bytes = 4096;
 // --- creating
 // -------------------------------------------------------------------------------------
 
-// A new name is durable only when its directory is.
-void sync_directory_of(const std::string& path) {
-  const auto parent = std::filesystem::path(path).parent_path();
-  const UniqueFd directory(
-      ::open(parent.empty() ? "." : parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (directory) (void)::fsync(directory.get());
-}
-
 // Does nothing to a disk that exists.
 void create_if_absent(const std::string& path, std::uint64_t size) {
   if (size == 0 || size > disk_size_max) {
@@ -55,13 +47,17 @@ void create_if_absent(const std::string& path, std::uint64_t size) {
     fail(path, fmt::format("can't be created: {}", std::strerror(errno)),
          "choose a directory that exists and may be written to");
   }
+  int error = 0;
   if (::ftruncate(fd.get(), static_cast<off_t>(size)) != 0 || ::fsync(fd.get()) != 0) {
-    const int error = errno;
+    error = errno;
+  } else {
+    error = sync_directory_of(path);
+  }
+  if (error != 0) {
     ::unlink(path.c_str());
     fail(path, fmt::format("can't be created with {} bytes: {}", size, std::strerror(error)),
          "choose a smaller size or another file system");
   }
-  sync_directory_of(path);
 }
 
 // --- locking
@@ -306,6 +302,13 @@ const char* foreign_format(std::span<const unsigned char> first_bytes) {
     }
   }
   return nullptr;
+}
+
+int sync_directory_of(const std::string& path) {
+  const auto parent = std::filesystem::path(path).parent_path();
+  const UniqueFd directory(
+      ::open(parent.empty() ? "." : parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  return directory && ::fsync(directory.get()) == 0 ? 0 : errno;
 }
 
 IoError to_io_error(int error_number) {

@@ -48,6 +48,9 @@ struct ProbedDisk {
 // The name of the image format that a disk begins with, or null: "qcow2", "VMDK", …
 [[nodiscard]] const char* foreign_format(std::span<const unsigned char> first_bytes);
 
+// A new name is durable only when its directory is. Returns 0 or errno.
+[[nodiscard]] int sync_directory_of(const std::string& path);
+
 // The one mapping from the kernel's errors to ours.
 [[nodiscard]] IoError to_io_error(int error_number);
 

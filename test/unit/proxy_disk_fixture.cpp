@@ -63,26 +63,34 @@ std::unique_ptr<LoopDevice> LoopDevice::attach(const std::string& file) {
 
 std::unique_ptr<MountedFs> MountedFs::make(const std::string& type, std::uint64_t size) {
   std::unique_ptr<MountedFs> fs(new MountedFs);
-  std::string source = "tmpfs";
-  std::string data = "size=" + std::to_string(size);
-  if (type != "tmpfs") {
-    make_file(fs->image(), size);
-    if (shell("mkfs." + type + " -q " + fs->image()) != 0) {
-      skipped("mkfs." + type);
-      return nullptr;
-    }
-    fs->loop_ = LoopDevice::attach(fs->image());
-    if (!fs->loop_) return nullptr;
-    source = fs->loop_->path();
-    data = "";
+  fs->type_ = type;
+  if (type == "tmpfs") {
+    const std::string data = "size=" + std::to_string(size);
+    return fs->mount("tmpfs", data) ? std::move(fs) : nullptr;
   }
-  fs->mounted_ = own_mount_namespace() && ::mount(source.c_str(), fs->dir_.path().c_str(),
-                                                  type.c_str(), 0, data.c_str()) == 0;
-  if (!fs->mounted_) {
-    skipped("mount " + type);
+  make_file(fs->image(), size);
+  if (shell("mkfs." + type + " -q " + fs->image()) != 0) {
+    skipped("mkfs." + type);
     return nullptr;
   }
-  return fs;
+  fs->loop_ = LoopDevice::attach(fs->image());
+  return fs->loop_ && fs->mount(fs->loop_->path(), "") ? std::move(fs) : nullptr;
+}
+
+bool MountedFs::mount(const std::string& source, const std::string& data) {
+  mounted_ = own_mount_namespace() &&
+             ::mount(source.c_str(), dir_.path().c_str(), type_.c_str(), 0, data.c_str()) == 0;
+  if (!mounted_) skipped("mount " + type_);
+  return mounted_;
+}
+
+std::unique_ptr<MountedFs> MountedFs::after_power_failure() const {
+  std::unique_ptr<MountedFs> fs(new MountedFs);
+  fs->type_ = type_;
+  if (shell("cp --sparse=always " + image() + " " + fs->image()) != 0) return nullptr;
+  fs->loop_ = LoopDevice::attach(fs->image());
+  return fs->loop_ && fs->mount(fs->loop_->path(), type_ == "xfs" ? "nouuid" : "") ? std::move(fs)
+                                                                                   : nullptr;
 }
 
 MountedFs::~MountedFs() {

@@ -46,6 +46,9 @@ class MountedFs {
   // `type`: ext4, xfs, btrfs (on a loop device), tmpfs. Null (and a line that says why) where
   // impossible.
   static std::unique_ptr<MountedFs> make(const std::string& type, std::uint64_t size);
+  // As the machine would find it after a power failure now: what has reached the device, recovered
+  // from the journal.
+  [[nodiscard]] std::unique_ptr<MountedFs> after_power_failure() const;
   ~MountedFs();
   MountedFs(const MountedFs&) = delete;
   MountedFs& operator=(const MountedFs&) = delete;
@@ -54,9 +57,11 @@ class MountedFs {
 
  private:
   MountedFs() : image_dir_("/dev/shm") {}
+  bool mount(const std::string& source, const std::string& data);
   TempDir image_dir_;
   TempDir dir_;
   std::unique_ptr<LoopDevice> loop_;
+  std::string type_;
   bool mounted_ = false;
 };
 
