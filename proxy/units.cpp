@@ -70,7 +70,7 @@ std::string format_size(double bytes) {
     ++unit;
   }
   const bool whole = unit == 0 || bytes >= 99.95;
-  return fmt::format(whole ? "{:.0f} {}" : "{:.1f} {}", bytes, units.at(unit));
+  return fmt::format("{:.{}f} {}", bytes, whole ? 0 : 1, units.at(unit));
 }
 
 std::string format_rate(double bytes_per_second) { return format_size(bytes_per_second) + "/s"; }

@@ -1,0 +1,277 @@
+// CLI11's callbacks fill plain structs; unknown options and malformed values are usage errors.
+#include "proxy/cli.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <sstream>
+#include <utility>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+
+#include "proxy/units.hpp"
+
+namespace nbdferry::proxy {
+namespace {
+
+CLI::Option* add_size(CLI::App& app, const std::string& name, const std::string& help,
+                      std::function<void(std::uint64_t)> take) {
+  return app
+      .add_option_function<std::string>(
+          name,
+          [name, take = std::move(take)](const std::string& text) {
+            const auto size = parse_size(text);
+            if (!size) {
+              throw CLI::ValidationError(
+                  name,
+                  fmt::format("\"{}\" is not a size: bytes, or a number with K, M, G or T", text));
+            }
+            take(*size);
+          },
+          help)
+      ->type_name("SIZE");
+}
+
+void add_time(CLI::App& app, const std::string& name, const std::string& help, Duration& target) {
+  app.add_option_function<std::string>(
+         name,
+         [name, &target](const std::string& text) {
+           const auto time = parse_time(text);
+           if (!time) {
+             throw CLI::ValidationError(
+                 name, fmt::format("\"{}\" is not a time: a number with ms, s or min", text));
+           }
+           target = *time;
+         },
+         help)
+      ->type_name("TIME");
+}
+
+template <class Enum>
+CLI::Option* add_choice(CLI::App& app, const std::string& name, const std::string& help,
+                        const std::map<std::string, Enum>& choices,
+                        std::function<void(Enum)> take) {
+  std::string type;
+  for (const auto& [text, value] : choices) type += (type.empty() ? "" : "|") + text;
+  return app
+      .add_option_function<std::string>(
+          name,
+          [name, type, choices, take = std::move(take)](const std::string& text) {
+            const auto found = choices.find(text);
+            if (found == choices.end()) {
+              throw CLI::ValidationError(name, fmt::format("\"{}\" is not one of {}", text, type));
+            }
+            take(found->second);
+          },
+          help)
+      ->type_name(type);
+}
+
+const std::map<std::string, mirror::Mode> modes{{"async", mirror::Mode::async},
+                                                {"sync", mirror::Mode::sync}};
+
+// Every way to say nothing, serve, or one of the client's commands.
+struct Parsed {
+  ServeCommand serve;
+  ClientCommand client;
+  MigrateCommand migrate;
+  StatusCommand status;
+  Verb verb{};
+};
+
+void define_serve(CLI::App& root, ServeCommand& serve) {
+  CLI::App& app = *root.add_subcommand("serve", "Serve DISK over NBD until SIGTERM or SIGINT");
+  app.add_option("DISK", serve.disk.disk, "Raw disk image or block device")->required();
+  // One value for each mention, so that what follows it can be DISK.
+  app.add_option("--socket", serve.sockets,
+                 "Unix socket to listen on; repeatable (default: DISK.sock)")
+      ->type_name("PATH")
+      ->allow_extra_args(false);
+  app.add_option("--listen", serve.listens, "TCP address to listen on; repeatable")
+      ->type_name("HOST:PORT")
+      ->allow_extra_args(false);
+  app.add_option("--export", serve.disk.name, "Export name (default: the empty name)")
+      ->type_name("NAME");
+  app.add_flag("--read-only", serve.disk.read_only, "Refuse the guest's writes");
+  app.add_flag("--direct", serve.disk.direct, "Bypass the page cache (O_DIRECT)");
+  add_size(app, "--create", "Create DISK as a sparse file of this size if it does not exist",
+           [&serve](std::uint64_t size) { serve.disk.create_size = size; });
+  app.add_option("--control", serve.control, "Control socket (default: DISK.ctl)")
+      ->type_name("PATH");
+  app.add_flag("--incoming", serve.disk.incoming,
+               "Take writes only from a migration, until promote");
+}
+
+// A subcommand that talks to a serving process.
+CLI::App& define_client(CLI::App& root, Parsed& parsed, const std::string& name,
+                        const std::string& help) {
+  CLI::App& app = *root.add_subcommand(name, help);
+  app.add_option("--control", parsed.client.control, "Control socket of the serving process")
+      ->type_name("PATH")
+      ->required();
+  app.add_option("--export", parsed.client.export_name,
+                 "Which disk, where the process serves several")
+      ->type_name("NAME");
+  return app;
+}
+
+void define_migrate(CLI::App& root, Parsed& parsed) {
+  MigrateCommand& migrate = parsed.migrate;
+  mirror::MigrateOptions& options = migrate.request.options;
+  CLI::App& app = define_client(root, parsed, "migrate",
+                                "Start to copy the disk to another NBD server, under load");
+  app.add_option("URI", migrate.request.uris,
+                 "The target: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+      ->required();
+  app.add_option("--connections", migrate.request.connections,
+                 "Connections to the target (default: chosen)")
+      ->type_name("N");
+  add_choice<mirror::Mode>(app, "--mode",
+                           "When guest writes are answered: after the source (async, the default) "
+                           "or after both sides (sync)",
+                           modes, [&options](mirror::Mode mode) { options.mode = mode; });
+  add_size(app, "--buffer", "Memory for mirrored writes on their way (default: 64M)",
+           [&options](std::uint64_t size) { options.buffer_bytes = size; });
+  add_time(app, "--max-delay",
+           "On entering sync: most that a write waits for older ones "
+           "(default: 50ms)",
+           options.max_delay);
+  add_time(app, "--downtime-limit",
+           "Longest hold of guest writes at the switchover "
+           "(default: 300ms)",
+           options.downtime_limit);
+  add_choice<mirror::SwitchWhen>(
+      app, "--switch", "What to do once in sync (default: manual)",
+      {{"manual", mirror::SwitchWhen::manual},
+       {"pivot", mirror::SwitchWhen::pivot},
+       {"release", mirror::SwitchWhen::release}},
+      [&options](mirror::SwitchWhen when) { options.switch_when = when; });
+  app.add_flag("--wait", migrate.wait,
+               "Show progress until in sync, or switched where --switch asks for it. "
+               "Interrupting the wait does not stop the migration");
+  add_time(app, "--sync-timeout", "A sync write waits this long for the target (default: 1s)",
+           options.sync_timeout);
+  add_time(app, "--prepare-timeout", "Prepared lasts this long without a seal (default: 60s)",
+           options.prepare_timeout);
+  add_time(app, "--quarantine",
+           "A lost connection's unanswered writes may still be applied for "
+           "this long (default: 60s)",
+           options.quarantine);
+  add_time(app, "--reconnect-delay",
+           "After a pivot: how long I/O waits for a lost target "
+           "(default: 30s)",
+           options.reconnect_delay);
+  app.add_flag("--skip-unreadable", options.skip_unreadable,
+               "Allow the switchover although sectors of the source cannot be read");
+}
+
+void define_switch(CLI::App& root, Parsed& parsed) {
+  CLI::App& app = define_client(root, parsed, "switch",
+                                "Hand the disk over to the target, at once or step by step");
+  CLI::Option_group& step = *app.add_option_group("step", "Exactly one of");
+  const auto add = [&](const char* name, const char* help, Verb verb) {
+    step.add_flag_callback(
+        name, [&parsed, verb] { parsed.verb = verb; }, help);
+  };
+  add("--pivot", "All three steps; go on serving the guest, from the target", Verb::switch_pivot);
+  add("--release", "All three steps; stop serving: the target's host does", Verb::switch_release);
+  add("--prepare", "Step 1: bring both sides into lock-step", Verb::prepare);
+  add("--seal", "Step 2: hold guest writes, flush the target", Verb::seal);
+  add_choice<Verb>(step, "--commit", "Step 3: write the ownership record and switch",
+                   {{"pivot", Verb::commit_pivot}, {"release", Verb::commit_release}},
+                   [&parsed](Verb verb) { parsed.verb = verb; });
+  add("--abort", "Undo prepare and seal", Verb::abort);
+  step.require_option(1);
+}
+
+void define_others(CLI::App& root, Parsed& parsed) {
+  CLI::App& status = define_client(root, parsed, "status", "Show what the serving process does");
+  CLI::Option* const json = status.add_flag("--json", parsed.status.json, "One JSON object");
+  status.add_flag("--watch", parsed.status.watch, "Again every second, until interrupted")
+      ->excludes(json);
+  const auto add = [&](const char* name, const char* help, Verb verb) {
+    define_client(root, parsed, name, help).callback([&parsed, verb] { parsed.verb = verb; });
+  };
+  add("promote", "At the destination, after the source's commit: this side owns the disk",
+      Verb::promote);
+  add("pause", "Stop copying; guest writes become debt", Verb::pause);
+  add("resume", "Copy again", Verb::resume);
+  add("cancel", "Give the migration up; the guest stays on the source", Verb::cancel);
+  add("verify", "Compare source and target block by block, heal differences, report", Verb::verify);
+  add("unfence", "Serve a retired disk again: only if the target does not own it", Verb::unfence);
+  CLI::App& set = define_client(root, parsed, "set", "Change a running migration");
+  add_choice<mirror::Mode>(set, "--mode", "When guest writes are answered", modes,
+                           [&parsed](mirror::Mode mode) {
+                             parsed.verb = mode == mirror::Mode::sync ? Verb::set_mode_sync
+                                                                      : Verb::set_mode_async;
+                           })
+      ->required();
+}
+
+CommandLine usage_error(const std::string& text) {
+  return CliExit{2, "", fmt::format("nbdferry: {} (see nbdferry --help)\n", text)};
+}
+
+CommandLine result(const CLI::App& root, Parsed& parsed) {
+  const std::string name = root.get_subcommands().front()->get_name();
+  if (name == "serve") {
+    ServeCommand& serve = parsed.serve;
+    if (serve.sockets.empty() && serve.listens.empty()) {
+      serve.sockets.push_back(serve.disk.disk + ".sock");
+    }
+    if (serve.control.empty()) serve.control = serve.disk.disk + ".ctl";
+    return serve;
+  }
+  parsed.client.name = name;
+  if (name == "migrate") {
+    if (parsed.migrate.request.uris.size() > 1) {
+      return usage_error("migrate: several paths to a target are not supported yet: give one URI");
+    }
+    parsed.client.action = parsed.migrate;
+  } else if (name == "status") {
+    parsed.client.action = parsed.status;
+  } else {
+    parsed.client.action = parsed.verb;
+  }
+  return parsed.client;
+}
+
+}  // namespace
+
+CommandLine parse_command_line(std::vector<std::string> args) {
+  CLI::App root(
+      "nbdferry moves the disk of a running machine to another host, while the machine "
+      "keeps writing to it.\nIt is an NBD server in front of a raw disk.");
+  root.name("nbdferry");
+  root.set_version_flag("--version", "nbdferry " NBDFERRY_VERSION);
+  root.require_subcommand(1);
+  root.get_formatter()->column_width(34);
+  Parsed parsed;
+  define_serve(root, parsed.serve);
+  define_migrate(root, parsed);
+  define_switch(root, parsed);
+  define_others(root, parsed);
+  // CLI11 would only say that a subcommand is required.
+  const auto commands = root.get_subcommands([](const CLI::App*) { return true; });
+  if (!args.empty() && !args.front().starts_with('-') &&
+      std::none_of(commands.begin(), commands.end(),
+                   [&](const CLI::App* app) { return app->get_name() == args.front(); })) {
+    return usage_error(fmt::format("unknown command \"{}\"", args.front()));
+  }
+  try {
+    // CLI11 takes them from the end.
+    std::reverse(args.begin(), args.end());
+    root.parse(std::move(args));
+  } catch (const CLI::Success& wanted) {
+    std::ostringstream out;
+    std::ostringstream err;
+    root.exit(wanted, out, err);
+    return CliExit{0, out.str(), err.str()};
+  } catch (const CLI::ParseError& e) {
+    return usage_error(e.what());
+  }
+  return result(root, parsed);
+}
+
+}  // namespace nbdferry::proxy

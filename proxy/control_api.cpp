@@ -1,0 +1,184 @@
+// Tables for both directions; bounds are checked where the JSON is read, on the server's side.
+#include "proxy/control_api.hpp"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <stdexcept>
+#include <utility>
+
+#include <boost/json.hpp>
+#include <fmt/format.h>
+
+namespace nbdferry::proxy {
+namespace {
+
+namespace json = boost::json;
+using mirror::MigrateOptions;
+
+struct TimeField {
+  const char* name;  // milliseconds
+  Duration MigrateOptions::*member;
+  std::int64_t ms_min;
+};
+constexpr std::array<TimeField, 6> time_fields{{
+    {"max_delay_ms", &MigrateOptions::max_delay, 0},
+    {"downtime_limit_ms", &MigrateOptions::downtime_limit, 1},
+    {"sync_timeout_ms", &MigrateOptions::sync_timeout, 1},
+    {"prepare_timeout_ms", &MigrateOptions::prepare_timeout, 1},
+    {"quarantine_ms", &MigrateOptions::quarantine, 0},
+    {"reconnect_delay_ms", &MigrateOptions::reconnect_delay, 0},
+}};
+constexpr std::int64_t time_max_ms = std::int64_t{24} * 3600 * 1000;
+constexpr std::uint64_t buffer_bytes_min = 64 * 1024;
+constexpr std::uint64_t buffer_bytes_max = std::uint64_t{1} << 40;
+
+constexpr std::array<std::pair<const char*, mirror::Mode>, 2> modes{
+    {{"async", mirror::Mode::async}, {"sync", mirror::Mode::sync}}};
+constexpr std::array<std::pair<const char*, mirror::SwitchWhen>, 3> switch_times{
+    {{"manual", mirror::SwitchWhen::manual},
+     {"pivot", mirror::SwitchWhen::pivot},
+     {"release", mirror::SwitchWhen::release}}};
+
+constexpr std::array<std::pair<Verb, ControlCall>, 15> calls{{
+    {Verb::pause, {"/pause"}},
+    {Verb::resume, {"/resume"}},
+    {Verb::cancel, {"/cancel"}},
+    {Verb::verify, {"/verify"}},
+    {Verb::promote, {"/promote"}},
+    {Verb::unfence, {"/unfence"}},
+    {Verb::prepare, {"/switch", "action", "prepare"}},
+    {Verb::seal, {"/switch", "action", "seal"}},
+    {Verb::commit_pivot, {"/switch", "action", "commit-pivot"}},
+    {Verb::commit_release, {"/switch", "action", "commit-release"}},
+    {Verb::switch_pivot, {"/switch", "action", "pivot"}},
+    {Verb::switch_release, {"/switch", "action", "release"}},
+    {Verb::abort, {"/switch", "action", "abort"}},
+    {Verb::set_mode_async, {"/set", "mode", "async"}},
+    {Verb::set_mode_sync, {"/set", "mode", "sync"}},
+}};
+
+[[noreturn]] void refuse(std::string_view field, std::string_view why) {
+  throw std::invalid_argument(fmt::format("\"{}\" {}", field, why));
+}
+
+std::uint64_t read_number(const json::value& value, std::string_view field, std::uint64_t min,
+                          std::uint64_t max) {
+  boost::system::error_code error;
+  const auto number = value.to_number<std::uint64_t>(error);
+  if (error || number < min || number > max) {
+    refuse(field, fmt::format("must be a whole number from {} to {}", min, max));
+  }
+  return number;
+}
+
+template <class Enum, std::size_t N>
+Enum read_name(const json::value& value, std::string_view field,
+               const std::array<std::pair<const char*, Enum>, N>& names) {
+  std::string known;
+  for (const auto& [name, meaning] : names) {
+    if (value.is_string() && value.get_string() == name) return meaning;
+    known += known.empty() ? name : fmt::format(", {}", name);
+  }
+  refuse(field, fmt::format("must be one of {}", known));
+}
+
+template <class Enum, std::size_t N>
+const char* name_of(Enum meaning, const std::array<std::pair<const char*, Enum>, N>& names) {
+  return std::find_if(names.begin(), names.end(),
+                      [&](const auto& entry) { return entry.second == meaning; })
+      ->first;
+}
+
+std::vector<std::string> read_uris(const json::value& value) {
+  const json::array* const list = value.if_array();
+  if (list == nullptr || list->empty()) refuse("uris", "must be a list of at least one URI");
+  if (list->size() > 1) {
+    refuse("uris",
+           "has several entries, and several paths to a target are not supported yet: "
+           "give one URI");
+  }
+  const json::string* const uri = list->front().if_string();
+  if (uri == nullptr || uri->empty()) refuse("uris", "must hold URIs");
+  return {std::string(*uri)};
+}
+
+void read_field(MigrateRequest& request, std::string_view field, const json::value& value) {
+  MigrateOptions& options = request.options;
+  const auto time = std::find_if(time_fields.begin(), time_fields.end(),
+                                 [&](const TimeField& t) { return t.name == field; });
+  if (time != time_fields.end()) {
+    const auto ms = read_number(value, field, static_cast<std::uint64_t>(time->ms_min),
+                                static_cast<std::uint64_t>(time_max_ms));
+    options.*time->member = std::chrono::milliseconds(static_cast<std::int64_t>(ms));
+  } else if (field == "uris") {
+    request.uris = read_uris(value);
+  } else if (field == "connections") {
+    request.connections = static_cast<unsigned>(read_number(value, field, 0, connections_max));
+  } else if (field == "mode") {
+    options.mode = read_name(value, field, modes);
+  } else if (field == "switch") {
+    options.switch_when = read_name(value, field, switch_times);
+  } else if (field == "buffer_bytes") {
+    options.buffer_bytes = read_number(value, field, buffer_bytes_min, buffer_bytes_max);
+  } else if (field == "skip_unreadable") {
+    if (!value.is_bool()) refuse(field, "must be true or false");
+    options.skip_unreadable = value.get_bool();
+  } else if (field != "export") {
+    refuse(field, "is not a field of a migration");
+  }
+}
+
+}  // namespace
+
+json::object migrate_to_json(const MigrateRequest& request) {
+  const MigrateOptions& options = request.options;
+  json::object o{{"connections", request.connections},
+                 {"mode", name_of(options.mode, modes)},
+                 {"switch", name_of(options.switch_when, switch_times)},
+                 {"buffer_bytes", options.buffer_bytes},
+                 {"skip_unreadable", options.skip_unreadable}};
+  o["uris"] = json::array(request.uris.begin(), request.uris.end());
+  for (const TimeField& time : time_fields) {
+    o[time.name] =
+        std::chrono::duration_cast<std::chrono::milliseconds>(options.*time.member).count();
+  }
+  return o;
+}
+
+MigrateRequest migrate_from_json(const json::object& body) {
+  MigrateRequest request;
+  for (const auto& [field, value] : body) {
+    read_field(request, {field.data(), field.size()}, value);
+  }
+  if (request.uris.empty()) refuse("uris", "is missing: where should the disk go?");
+  return request;
+}
+
+const ControlCall& call_of(Verb verb) {
+  return std::find_if(calls.begin(), calls.end(),
+                      [&](const auto& entry) { return entry.first == verb; })
+      ->second;
+}
+
+std::optional<Verb> verb_of(std::string_view path, const json::object& body) {
+  const char* wanted = nullptr;  // the field that this path needs
+  std::string known;
+  for (const auto& [verb, call] : calls) {
+    if (path != call.path) continue;
+    wanted = call.field;
+    for (const auto& [field, value] : body) {
+      if (field != "export" && (wanted == nullptr || field != wanted)) {
+        refuse({field.data(), field.size()}, fmt::format("is not a field of {}", path));
+      }
+    }
+    if (wanted == nullptr) return verb;
+    const json::value* const value = body.if_contains(wanted);
+    if (value != nullptr && value->is_string() && value->get_string() == call.value) return verb;
+    known += known.empty() ? call.value : fmt::format(", {}", call.value);
+  }
+  if (wanted != nullptr) refuse(wanted, fmt::format("must be one of {}", known));
+  return std::nullopt;
+}
+
+}  // namespace nbdferry::proxy

@@ -1,0 +1,197 @@
+// The command line as a contract: what is understood, the defaults, what is refused.
+#include <chrono>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include <doctest/doctest.h>
+
+#include "proxy/cli.hpp"
+
+namespace nbdferry::proxy {
+namespace {
+
+using namespace std::chrono_literals;
+using Args = std::vector<std::string>;
+
+ServeCommand serve(Args args) {
+  args.insert(args.begin(), "serve");
+  const CommandLine line = parse_command_line(args);
+  REQUIRE(std::holds_alternative<ServeCommand>(line));
+  return std::get<ServeCommand>(line);
+}
+
+ClientCommand client(const Args& args) {
+  const CommandLine line = parse_command_line(args);
+  REQUIRE(std::holds_alternative<ClientCommand>(line));
+  return std::get<ClientCommand>(line);
+}
+
+Verb verb(Args args) {
+  args.insert(args.end(), {"--control", "c"});
+  return std::get<Verb>(client(args).action);
+}
+
+CliExit ends(const Args& args) {
+  const CommandLine line = parse_command_line(args);
+  REQUIRE(std::holds_alternative<CliExit>(line));
+  return std::get<CliExit>(line);
+}
+
+bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE("cli: serve has its defaults beside the disk") {
+  const ServeCommand plain = serve({"/d/vm.img"});
+  CHECK(plain.disk.disk == "/d/vm.img");
+  CHECK(plain.sockets == Args{"/d/vm.img.sock"});
+  CHECK(plain.listens.empty());
+  CHECK(plain.control == "/d/vm.img.ctl");
+  CHECK(plain.disk.name.empty());
+  CHECK_FALSE(plain.disk.read_only);
+  CHECK_FALSE(plain.disk.direct);
+  CHECK_FALSE(plain.disk.incoming);
+  CHECK_FALSE(plain.disk.create_size);
+}
+
+TEST_CASE("cli: serve's options") {
+  const ServeCommand full =
+      serve({"--socket", "a", "--socket", "b", "--listen", "0.0.0.0:1", "--export", "vm",
+             "--read-only", "--direct", "--create", "3G", "--control", "c", "--incoming", "disk"});
+  CHECK(full.disk.disk == "disk");
+  CHECK(full.sockets == Args{"a", "b"});
+  CHECK(full.listens == Args{"0.0.0.0:1"});
+  CHECK(full.control == "c");
+  CHECK(full.disk.name == "vm");
+  CHECK(full.disk.read_only);
+  CHECK(full.disk.direct);
+  CHECK(full.disk.incoming);
+  CHECK(full.disk.create_size == 3ULL << 30);
+  // An address alone: no socket beside the disk.
+  CHECK(serve({"--listen", "h:1", "disk"}).sockets.empty());
+}
+
+TEST_CASE("cli: migrate's options") {
+  const ClientCommand full = client({"migrate",
+                                     "--control",
+                                     "c",
+                                     "--export",
+                                     "vm",
+                                     "--connections",
+                                     "8",
+                                     "--mode",
+                                     "sync",
+                                     "--buffer",
+                                     "32M",
+                                     "--max-delay",
+                                     "10ms",
+                                     "--downtime-limit",
+                                     "200ms",
+                                     "--switch",
+                                     "pivot",
+                                     "--wait",
+                                     "--sync-timeout",
+                                     "2s",
+                                     "--prepare-timeout",
+                                     "2min",
+                                     "--quarantine",
+                                     "0",
+                                     "--reconnect-delay",
+                                     "5s",
+                                     "--skip-unreadable",
+                                     "nbd://h/x"});
+  CHECK(full.name == "migrate");
+  CHECK(full.control == "c");
+  CHECK(full.export_name == "vm");
+  const auto& migrate = std::get<MigrateCommand>(full.action);
+  CHECK(migrate.wait);
+  CHECK(migrate.request.uris == Args{"nbd://h/x"});
+  CHECK(migrate.request.connections == 8);
+  const mirror::MigrateOptions& options = migrate.request.options;
+  CHECK(options.mode == mirror::Mode::sync);
+  CHECK(options.switch_when == mirror::SwitchWhen::pivot);
+  CHECK(options.buffer_bytes == 32ULL << 20);
+  CHECK(options.max_delay == Duration{10ms});
+  CHECK(options.downtime_limit == Duration{200ms});
+  CHECK(options.sync_timeout == Duration{2s});
+  CHECK(options.prepare_timeout == Duration{2min});
+  CHECK(options.quarantine == Duration{0});
+  CHECK(options.reconnect_delay == Duration{5s});
+  CHECK(options.skip_unreadable);
+
+  const ClientCommand plain = client({"migrate", "--control", "c", "nbd://h"});
+  CHECK_FALSE(plain.export_name);
+  const auto& defaults = std::get<MigrateCommand>(plain.action);
+  CHECK_FALSE(defaults.wait);
+  CHECK(defaults.request.connections == 0);
+  CHECK(defaults.request.options.switch_when == mirror::SwitchWhen::manual);
+}
+
+TEST_CASE("cli: every other command") {
+  CHECK(verb({"switch", "--pivot"}) == Verb::switch_pivot);
+  CHECK(verb({"switch", "--release"}) == Verb::switch_release);
+  CHECK(verb({"switch", "--prepare"}) == Verb::prepare);
+  CHECK(verb({"switch", "--seal"}) == Verb::seal);
+  CHECK(verb({"switch", "--commit", "pivot"}) == Verb::commit_pivot);
+  CHECK(verb({"switch", "--commit", "release"}) == Verb::commit_release);
+  CHECK(verb({"switch", "--abort"}) == Verb::abort);
+  CHECK(verb({"promote"}) == Verb::promote);
+  CHECK(verb({"pause"}) == Verb::pause);
+  CHECK(verb({"resume"}) == Verb::resume);
+  CHECK(verb({"cancel"}) == Verb::cancel);
+  CHECK(verb({"verify"}) == Verb::verify);
+  CHECK(verb({"unfence"}) == Verb::unfence);
+  CHECK(verb({"set", "--mode", "async"}) == Verb::set_mode_async);
+  CHECK(verb({"set", "--mode", "sync"}) == Verb::set_mode_sync);
+  CHECK(std::get<StatusCommand>(client({"status", "--control", "c", "--json"}).action).json);
+  CHECK(std::get<StatusCommand>(client({"status", "--control", "c", "--watch"}).action).watch);
+}
+
+TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong") {
+  const auto wrong = [](const Args& args, const char* part) {
+    const CliExit e = ends(args);
+    CAPTURE(e.err);
+    CHECK(e.code == 2);
+    CHECK(e.out.empty());
+    CHECK(has(e.err, "nbdferry: "));
+    CHECK(has(e.err, part));
+    CHECK(e.err.find('\n') == e.err.size() - 1);
+  };
+  wrong({}, "subcommand");
+  wrong({"fly"}, "fly");
+  wrong({"serve"}, "DISK");
+  wrong({"serve", "a", "b"}, "b");
+  wrong({"serve", "--fast", "disk"}, "--fast");
+  wrong({"serve", "--create", "1X", "disk"}, "1X");
+  wrong({"serve", "--tls", "on", "disk"}, "--tls");
+  wrong({"migrate", "nbd://h"}, "--control");
+  wrong({"migrate", "--control", "c"}, "URI");
+  wrong({"migrate", "--control", "c", "nbd://a", "nbd://b"}, "several paths");
+  wrong({"migrate", "--control", "c", "--mode", "auto", "nbd://h"}, "auto");
+  wrong({"migrate", "--control", "c", "--max-delay", "5", "nbd://h"}, "not a time");
+  wrong({"migrate", "--control", "c", "--connections", "many", "nbd://h"}, "many");
+  wrong({"migrate", "--control", "c", "--bandwidth", "1M", "nbd://h"}, "--bandwidth");
+  wrong({"status", "--control", "c", "--json", "--watch"}, "--json");
+  wrong({"switch", "--control", "c"}, "--pivot");
+  wrong({"switch", "--control", "c", "--pivot", "--release"}, "--pivot");
+  wrong({"switch", "--control", "c", "--commit", "later"}, "later");
+  wrong({"set", "--control", "c"}, "--mode");
+}
+
+TEST_CASE("cli: help and version are no errors") {
+  const CliExit version = ends({"--version"});
+  CHECK(version.code == 0);
+  CHECK(has(version.out, "nbdferry 0."));
+  const CliExit help = ends({"--help"});
+  CHECK(help.code == 0);
+  for (const char* name : {"serve", "migrate", "status", "switch", "promote", "pause", "resume",
+                           "cancel", "verify", "unfence", "set"}) {
+    CHECK(has(help.out, name));
+  }
+  CHECK(has(ends({"migrate", "--help"}).out, "--downtime-limit"));
+}
+
+}  // namespace nbdferry::proxy

@@ -1,0 +1,365 @@
+// The control socket, server and client, over a fake export: what gets through, what is refused,
+// what a bad client can't do.
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <sys/stat.h>
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/local/stream_protocol.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/read.hpp>
+#include <boost/asio/write.hpp>
+#include <doctest/doctest.h>
+
+#include "proxy/control_client.hpp"
+#include "proxy/control_server.hpp"
+
+namespace nbdferry::proxy {
+namespace {
+
+namespace asio = boost::asio;
+using asio::local::stream_protocol;
+using namespace std::chrono_literals;
+
+class TempDir {
+ public:
+  TempDir() {
+    std::string name = (std::filesystem::temp_directory_path() / "nbdferry-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    path_ = name;
+  }
+  ~TempDir() { std::filesystem::remove_all(path_); }
+  [[nodiscard]] std::string operator/(const char* name) const { return (path_ / name).string(); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+// Answers as it is told; remembers what it was asked. `held` commands are never answered.
+class FakeExport : public Export {
+ public:
+  explicit FakeExport(std::string name) {
+    info_.name = name;
+    status_.name = std::move(name);
+    status_.disk = "/disk";
+    status_.role = "owner";
+  }
+  const ExportInfo& info() const override { return info_; }
+  std::uint32_t attach(ReplySink&, std::string_view) override { return 0; }
+  void detach(std::uint32_t) override {}
+  bool knows_migration(std::string_view) const override { return false; }
+  bool may_write(std::uint32_t) const override { return true; }
+  void submit(mirror::GuestRequest&&) override {}
+  void stop(std::function<void(std::string)> done) override { done({}); }
+  ExportStatus status() const override { return status_; }
+  void migrate(MigrateRequest request, CommandHandler done) override {
+    requests.push_back(std::move(request));
+    done(answer.first, answer.second);
+  }
+  void command(Verb verb, CommandHandler done) override {
+    verbs.push_back(verb);
+    if (hold) {
+      held = std::move(done);
+    } else {
+      done(answer.first, answer.second);
+    }
+  }
+
+  std::pair<bool, std::string> answer{true, "well done"};
+  std::vector<MigrateRequest> requests;
+  std::vector<Verb> verbs;
+  std::atomic<bool> hold{false};
+  CommandHandler held;
+  ExportStatus status_;
+
+ private:
+  ExportInfo info_;
+};
+
+// A server on a thread of its own. Touch exports only before a request or after its answer.
+class Served {
+ public:
+  explicit Served(std::vector<std::string> names = {""}, ControlLimits limits = {})
+      : path(dir / "control.sock") {
+    std::vector<Export*> served;
+    for (std::string& name : names) {
+      exports.push_back(std::make_unique<FakeExport>(std::move(name)));
+      served.push_back(exports.back().get());
+    }
+    server = std::make_unique<ControlServer>(io, path, std::move(served), limits);
+    thread = std::thread([this] { io.run(); });
+  }
+  ~Served() {
+    asio::post(io, [this] { server->stop(); });
+    thread.join();
+  }
+  FakeExport& only() { return *exports.front(); }
+
+  TempDir dir;
+  std::string path;
+  asio::io_context io{1};
+  std::vector<std::unique_ptr<FakeExport>> exports;
+  std::unique_ptr<ControlServer> server;
+  std::thread thread;
+};
+
+// Everything that comes back for `bytes`, until the server closes the connection.
+std::string raw_exchange(const std::string& path, const std::string& bytes) {
+  asio::io_context io;
+  stream_protocol::socket socket(io);
+  socket.connect(stream_protocol::endpoint(path));
+  boost::system::error_code ignored;
+  asio::write(socket, asio::buffer(bytes), ignored);
+  std::string answer;
+  asio::read(socket, asio::dynamic_buffer(answer), ignored);
+  return answer;
+}
+
+std::string post_text(const std::string& target, const std::string& body) {
+  return "POST " + target + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: " +
+         std::to_string(body.size()) + "\r\n\r\n" + body;
+}
+
+std::string error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const ControlError& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
+bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE("control: a migration's request arrives as it was sent") {
+  Served served;
+  MigrateRequest request;
+  request.uris = {"nbd://host/x"};
+  request.connections = 3;
+  request.options.mode = mirror::Mode::sync;
+  request.options.switch_when = mirror::SwitchWhen::release;
+  request.options.buffer_bytes = 1 << 20;
+  request.options.max_delay = 7ms;
+  request.options.downtime_limit = 8ms;
+  request.options.sync_timeout = 9ms;
+  request.options.prepare_timeout = 10ms;
+  request.options.quarantine = 0ms;
+  request.options.reconnect_delay = 11ms;
+  request.options.skip_unreadable = true;
+  ControlClient client(served.path, "migrate");
+  CHECK(client.migrate(request) == "well done");
+  REQUIRE(served.only().requests.size() == 1);
+  const MigrateRequest& got = served.only().requests.front();
+  CHECK(got.uris == request.uris);
+  CHECK(got.connections == 3);
+  CHECK(got.options.mode == mirror::Mode::sync);
+  CHECK(got.options.switch_when == mirror::SwitchWhen::release);
+  CHECK(got.options.buffer_bytes == 1 << 20);
+  CHECK(got.options.max_delay == Duration{7ms});
+  CHECK(got.options.downtime_limit == Duration{8ms});
+  CHECK(got.options.sync_timeout == Duration{9ms});
+  CHECK(got.options.prepare_timeout == Duration{10ms});
+  CHECK(got.options.quarantine == Duration{0});
+  CHECK(got.options.reconnect_delay == Duration{11ms});
+  CHECK(got.options.skip_unreadable);
+}
+
+TEST_CASE("control: every command arrives as itself, on one connection") {
+  Served served;
+  ControlClient client(served.path, "x");
+  std::vector<Verb> sent;
+  for (int i = 0; i <= static_cast<int>(Verb::set_mode_sync); ++i) {
+    sent.push_back(static_cast<Verb>(i));
+    CHECK(client.command(sent.back()) == "well done");
+  }
+  CHECK(served.only().verbs == sent);
+}
+
+TEST_CASE("control: a refusal reaches the client with its reason") {
+  Served served;
+  served.only().answer = {false, "not in sync: 3 MiB to go"};
+  ControlClient client(served.path, "switch");
+  CHECK(error_of([&] { client.command(Verb::switch_pivot); }) ==
+        "switch: not in sync: 3 MiB to go");
+  CHECK(has(raw_exchange(served.path, post_text("/pause", "{}")), "HTTP/1.1 409 "));
+}
+
+TEST_CASE("control: bad requests are refused, with the reason, and reach no export") {
+  Served served;
+  const auto answer = [&](const std::string& target, const std::string& body) {
+    return raw_exchange(served.path, post_text(target, body));
+  };
+  const auto refused = [&](const char* target, const char* body, const char* why) {
+    const std::string text = answer(target, body);
+    CAPTURE(target);
+    CAPTURE(body);
+    CAPTURE(text);
+    CHECK(has(text, "HTTP/1.1 400 "));
+    CHECK(has(text, why));
+  };
+  refused("/migrate", "", "uris");
+  refused("/migrate", "[]", "not a JSON object");
+  refused("/migrate", "{\"uris\":", "not JSON");
+  refused("/migrate", R"({"uris":[]})", "at least one");
+  refused("/migrate", R"({"uris":["a","b"]})", "several paths");
+  refused("/migrate", R"({"uris":[1]})", "uris");
+  refused("/migrate", R"({"uris":["a"],"speed":1})", "speed");
+  refused("/migrate", R"({"uris":["a"],"connections":65})", "connections");
+  refused("/migrate", R"({"uris":["a"],"max_delay_ms":-1})", "max_delay_ms");
+  refused("/migrate", R"({"uris":["a"],"downtime_limit_ms":0})", "downtime_limit_ms");
+  refused("/migrate", R"({"uris":["a"],"buffer_bytes":1.5})", "buffer_bytes");
+  refused("/migrate", R"({"uris":["a"],"mode":"auto"})", "async, sync");
+  refused("/migrate", R"({"uris":["a"],"skip_unreadable":1})", "skip_unreadable");
+  refused("/switch", "{}", "pivot, release");
+  refused("/switch", R"({"action":"now"})", "pivot, release");
+  refused("/pause", R"({"action":"now"})", "action");
+  refused("/pause", R"({"export":7})", "export");
+  CHECK(has(answer("/reboot", "{}"), "HTTP/1.1 404 "));
+  CHECK(has(answer("/pause", R"({"export":"other"})"), "HTTP/1.1 404 "));
+  CHECK(has(raw_exchange(served.path, "DELETE /status HTTP/1.1\r\nConnection: close\r\n\r\n"),
+            "HTTP/1.1 405 "));
+  CHECK(has(raw_exchange(served.path, "GET /status?x=1 HTTP/1.1\r\nConnection: close\r\n\r\n"),
+            "HTTP/1.1 400 "));
+  CHECK(served.only().verbs.empty());
+  CHECK(served.only().requests.empty());
+}
+
+TEST_CASE("control: what a client sends is bounded in size and in time") {
+  ControlLimits limits;
+  limits.idle = 1s;
+  Served served({""}, limits);
+  CHECK(has(raw_exchange(served.path, "\x01\x02garbage\r\n\r\n"), "HTTP/1.1 400 "));
+  CHECK(has(raw_exchange(served.path, post_text("/migrate", std::string(70'000, ' '))),
+            "HTTP/1.1 413 "));
+  CHECK(has(raw_exchange(served.path, "GET /" + std::string(9'000, 'x')), "HTTP/1.1 431 "));
+  // Half a request: closed without an answer.
+  CHECK(raw_exchange(served.path, "POST /pause HTTP/1.1\r\nContent-Le").empty());
+  ControlClient client(served.path, "status");
+  CHECK(client.status().role == "owner");
+}
+
+TEST_CASE("control: no more connections than the limit") {
+  ControlLimits limits;
+  limits.connections = 2;
+  Served served({""}, limits);
+  ControlClient first(served.path, "status");
+  ControlClient second(served.path, "status");
+  CHECK(first.status().disk == "/disk");
+  CHECK(second.status().disk == "/disk");
+  ControlClient third(served.path, "status");
+  CHECK(has(error_of([&] { (void)third.status(); }), "closed the connection"));
+  CHECK(first.status().disk == "/disk");
+}
+
+TEST_CASE("control: of several exports the named one is asked") {
+  Served served({"a", "b & c"});
+  ControlClient client(served.path, "pause");
+  CHECK(has(error_of([&] { client.command(Verb::pause); }), "say which export"));
+  CHECK(has(error_of([&] { (void)client.status(); }), "say which export"));
+  client.set_export("b & c");
+  client.command(Verb::pause);
+  CHECK(client.status().name == "b & c");
+  CHECK(served.exports[0]->verbs.empty());
+  CHECK(served.exports[1]->verbs.size() == 1);
+  client.set_export("d");
+  CHECK(has(error_of([&] { (void)client.status(); }), "no such export"));
+}
+
+TEST_CASE("control: a command that takes long is answered when it ends, others in between") {
+  Served served;
+  served.only().hold = true;
+  std::string message;
+  std::thread waiting(
+      [&] { message = ControlClient(served.path, "verify").command(Verb::verify); });
+  ControlClient other(served.path, "status");
+  // Each status goes through the server's loop, so the held command becomes visible in the end.
+  std::atomic<bool> arrived{false};
+  for (int i = 0; i < 1000 && !arrived; ++i) {
+    CHECK(other.status().role == "owner");
+    asio::post(served.io, [&] { arrived = served.only().held != nullptr; });
+    std::this_thread::sleep_for(1ms);
+  }
+  asio::post(served.io, [&] { std::exchange(served.only().held, nullptr)(true, "no difference"); });
+  waiting.join();
+  CHECK(message == "no difference");
+}
+
+TEST_CASE("control: stopping answers the command under way and drops idle connections") {
+  auto served = std::make_unique<Served>();
+  served->only().hold = true;
+  ControlClient idle(served->path, "status");
+  CHECK(idle.status().role == "owner");
+  std::string message;
+  std::thread waiting(
+      [&] { message = ControlClient(served->path, "switch").command(Verb::switch_pivot); });
+  std::atomic<bool> arrived{false};
+  for (int i = 0; i < 1000 && !arrived; ++i) {
+    asio::post(served->io, [&] { arrived = served->only().held != nullptr; });
+    std::this_thread::sleep_for(1ms);
+  }
+  REQUIRE(arrived);
+  asio::post(served->io, [&] {
+    served->server->stop();
+    std::exchange(served->only().held, nullptr)(true, "switched");
+  });
+  waiting.join();
+  CHECK(message == "switched");
+  CHECK(has(error_of([&] { (void)idle.status(); }), "closed the connection"));
+  CHECK_FALSE(std::filesystem::exists(served->path));
+}
+
+TEST_CASE("control: the socket is its owner's alone; in use it is kept, stale it is replaced") {
+  TempDir dir;
+  const std::string path = dir / "c.sock";
+  asio::io_context io{1};
+  {
+    FakeExport disk("");
+    const ControlServer first(io, path, {&disk});
+    struct stat status {};
+    REQUIRE(::stat(path.c_str(), &status) == 0);
+    CHECK((status.st_mode & 0777) == 0600);
+    CHECK_THROWS_WITH(ControlServer(io, path, {&disk}), doctest::Contains("the socket is in use"));
+    CHECK(std::filesystem::exists(path));
+  }
+  CHECK_FALSE(std::filesystem::exists(path));
+  { stream_protocol::acceptor dead(io, stream_protocol::endpoint(path)); }
+  REQUIRE(std::filesystem::exists(path));
+  FakeExport disk("");
+  CHECK_NOTHROW(ControlServer(io, path, {&disk}));
+
+  const std::string file = dir / "file";
+  std::ofstream(file) << "precious";
+  CHECK_THROWS_WITH(ControlServer(io, file, {&disk}), doctest::Contains("not a socket"));
+  CHECK(std::filesystem::file_size(file) == 8);
+  CHECK_THROWS_WITH(ControlServer(io, dir / std::string(200, 'x').c_str(), {&disk}),
+                    doctest::Contains("bytes"));
+  CHECK_THROWS_WITH(ControlServer(io, dir / "absent/c.sock", {&disk}),
+                    doctest::Contains("No such file"));
+}
+
+TEST_CASE("control: the client says why it can't reach a server") {
+  TempDir dir;
+  const auto failure = [](const std::string& path) {
+    return error_of([&] { (void)ControlClient(path, "status").status(); });
+  };
+  CHECK(has(failure(dir / "absent"), "is nbdferry serve running?"));
+  std::ofstream(dir / "file") << "x";
+  CHECK(has(failure(dir / "file"), "cannot reach the control socket"));
+  CHECK(has(failure(dir / std::string(200, 'x').c_str()), "cannot reach the control socket"));
+}
+
+}  // namespace nbdferry::proxy
