@@ -75,8 +75,7 @@ std::optional<std::pair<ByteRange, bool>> Copier::hinted(ByteRange run) {
     op.range = {run.begin,
                 std::min(m_.map().size(), run.begin + m_.context().config.limits.probe_bytes)};
     hint_op_ = op.id;
-    hint_begin_ = hint_end_ = run.begin;
-    hint_.clear();
+    hint_from_ = run.begin;
     m_.context().submit_source(std::move(op));
     return std::nullopt;
   }
@@ -100,6 +99,7 @@ void Copier::hint_done(SourceDone&& event) {
   if (event.id != hint_op_) return;
   hint_op_.reset();
   hint_ = std::move(event.extents);
+  hint_begin_ = hint_from_;
   std::uint64_t length = 0;
   for (const auto& e : hint_) length += e.length;
   if (event.error != IoError::none || length == 0) {
