@@ -1,0 +1,148 @@
+// The end of a history: faults cease, the guest is quiet, and the core has to get everything level,
+// in bounded steps. Then both sides are compared.
+#include "test/sim/driver.hpp"
+
+namespace nbdferry::sim {
+
+using namespace mirror;
+using Link = TargetModel::Link;
+
+namespace {
+constexpr unsigned steps_max = 20'000;
+}
+
+// One thing that helps; false when there is nothing but to let time pass.
+bool Driver::mend() {
+  w_.advance(Duration(static_cast<std::int64_t>(prng_.below(20'000))));
+  TargetModel& t = w_.target();
+  const bool link = !t.up() && t.link() != Link::closed;
+  if (w_.record_pending()) {
+    write_record();
+  } else if (w_.source().busy() && (prng_.chance(1, 2) || !t.busy())) {
+    complete_source();
+  } else if (link) {
+    answer_link();
+  } else if (t.busy()) {
+    complete_target();
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <typename Done>
+void Driver::settle(const char* what, Done&& done) {
+  for (unsigned i = 0; !done(); ++i) {
+    require(i < steps_max, "no progress: {}", what);
+    if (!mend()) w_.advance(std::chrono::milliseconds(5));
+  }
+}
+
+bool Driver::issue_and_settle(CommandId id, const char* what) {
+  settle(what, [&] { return !w_.command_open(id); });
+  return w_.last_command_ok();
+}
+
+void Driver::finish() {
+  finishing_ = true;
+  w_.heal();
+  settle("the guest's requests", [&] { return w_.guest().open().empty(); });
+  if (w_.serving() == Serving::source) finish_source();
+  if (w_.serving() == Serving::target) finish_target();
+  if (w_.serving() == Serving::nobody) finish_nobody();
+  settle("the disks' operations", [&] { return !w_.source().busy() && !w_.target().busy(); });
+  w_.check_quiet();
+  w_.check_authority("at the end");
+}
+
+void Driver::finish_source() {
+  // In sync, whatever it takes.
+  settle("to get in sync", [&] {
+    if (w_.serving() != Serving::source) return true;
+    if (w_.any_command_open() || w_.record_pending()) return false;
+    const Status& s = w_.status();
+    switch (s.phase) {
+      case Phase::idle:
+      case Phase::failed:
+      case Phase::cancelled:
+      case Phase::switched:
+        start();
+        return false;
+      case Phase::paused:
+        w_.command(Resume{});
+        return false;
+      case Phase::prepared:
+      case Phase::sealed:
+        w_.command(Abort{});
+        return false;
+      default:
+        return s.phase == Phase::in_sync && s.stale_bytes == 0 && s.suspect_bytes == 0;
+    }
+  });
+  if (w_.serving() != Serving::source) return;
+
+  // By --switch it may already be under way; else it is ours to do.
+  const bool pivot = prng_.chance(1, 2) && !w_.setup().corruption && w_.setup().target.can_flush &&
+                     w_.setup().target.block_min <= w_.setup().engine.promised_block_min;
+  bool prepared = false;
+  for (int tries = 0; tries < 5 && !prepared && w_.serving() == Serving::source; ++tries) {
+    settle("to be in sync again", [&] {
+      return w_.serving() != Serving::source || w_.status().phase == Phase::in_sync ||
+             w_.status().phase == Phase::prepared;
+    });
+    if (w_.serving() != Serving::source) return;
+    prepared = issue_and_settle(w_.command(Prepare{}), "to prepare");
+  }
+  if (w_.serving() != Serving::source) return;
+  require(prepared, "cannot prepare in peace: {}", w_.last_message());
+  w_.check_identical("prepared in peace", false, false);
+  if (prng_.chance(1, 3)) return;
+  const bool switched = issue_and_settle(
+      w_.command(Switch{{}, pivot ? SwitchKind::pivot : SwitchKind::release}), "to switch");
+  require(switched || w_.serving() != Serving::source, "cannot switch in peace: {}",
+          w_.last_message());
+}
+
+void Driver::read_everything() {
+  const std::uint64_t size = w_.setup().engine.size;
+  const std::uint64_t step = 64 * 1024;
+  for (std::uint64_t at = 0; at < size; at += step) {
+    GuestRequest r;
+    r.id = RequestId{++last_request_};
+    r.command = Command::read;
+    r.range = {at, std::min(at + step, size)};
+    w_.guest_request(std::move(r));
+  }
+  settle("the last reads", [&] { return w_.guest().open().empty(); });
+}
+
+void Driver::finish_target() {
+  settle("the target's return", [&] { return w_.target().up(); });
+  read_everything();
+  settle("the end of the quarantine",
+         [&] { return w_.status().suspect_bytes == 0 && !w_.target().haunted(); });
+  // A flush may have to report an earlier failure; then it must succeed.
+  for (int i = 0; i < 3; ++i) {
+    GuestRequest r;
+    r.id = RequestId{++last_request_};
+    r.command = Command::flush;
+    w_.guest_request(std::move(r));
+    settle("the last flush", [&] { return w_.guest().open().empty() && !w_.target().busy(); });
+  }
+  read_everything();
+  w_.check_medium("after the last flush");
+}
+
+void Driver::finish_nobody() {
+  if (!scribbled_) w_.check_identical("released", w_.setup().target.can_flush, false);
+  for (const Command c : {Command::read, Command::zero, Command::flush}) {
+    GuestRequest r;
+    r.id = RequestId{++last_request_};
+    r.command = c;
+    if (c != Command::flush) r.range = {0, w_.setup().engine.size};
+    w_.guest_request(std::move(r));
+  }
+  settle("the last refusals", [&] { return w_.guest().open().empty(); });
+}
+
+}  // namespace nbdferry::sim

@@ -1,0 +1,74 @@
+#include "test/sim/oracle.hpp"
+
+#include <cstring>
+
+namespace nbdferry::sim {
+
+Oracle::Oracle(const DiskImage& source)
+    : initial_(source.current(), source.current() + source.size()), heads_(source.units(), -1) {}
+
+std::uint32_t Oracle::add(Kind kind, ByteRange range, Payload payload) {
+  const auto number = static_cast<std::uint32_t>(writes_.size());
+  writes_.push_back({kind, range, std::move(payload)});
+  for (std::uint64_t u = range.begin / unit_size; u * unit_size < range.end; ++u) {
+    nodes_.push_back({number, heads_[u]});
+    heads_[u] = static_cast<std::int32_t>(nodes_.size() - 1);
+  }
+  return number;
+}
+
+std::uint32_t Oracle::arrived(Command command, ByteRange range, Payload payload) {
+  const Kind kind = command == Command::write  ? Kind::write
+                    : command == Command::zero ? Kind::zero
+                                               : Kind::trim;
+  return add(kind, range, std::move(payload));
+}
+
+void Oracle::acknowledged(std::uint32_t write, std::uint64_t event) {
+  writes_[write].acknowledged = event;
+}
+
+void Oracle::refused(std::uint32_t write) { writes_[write].kind = Kind::nothing; }
+
+void Oracle::undefined(ByteRange range) { add(Kind::undefined, range, {}); }
+
+bool Oracle::matches(const Write& w, ByteRange part, const std::byte* bytes) {
+  switch (w.kind) {
+    case Kind::write:
+      return std::memcmp(w.payload.data() + (part.begin - w.range.begin), bytes, part.length()) ==
+             0;
+    case Kind::zero:
+    case Kind::trim:
+      return all_zero(bytes, part.length());
+    case Kind::undefined:
+      return true;
+    case Kind::nothing:
+      return false;
+  }
+  return false;
+}
+
+bool Oracle::explained(ByteRange part, const std::byte* bytes, std::uint64_t event,
+                       std::int32_t node) const {
+  for (; node >= 0; node = nodes_[static_cast<std::size_t>(node)].older) {
+    const Node& n = nodes_[static_cast<std::size_t>(node)];
+    const Write& w = writes_[n.write];
+    const ByteRange both = w.range.intersect(part);
+    if (both.empty()) continue;
+    if (both != part) {
+      // The write covers some of it: ask for each part on its own.
+      const ByteRange left{part.begin, both.begin};
+      const ByteRange right{both.end, part.end};
+      return (left.empty() || explained(left, bytes, event, n.older)) &&
+             explained(both, bytes + (both.begin - part.begin), event, node) &&
+             (right.empty() ||
+              explained(right, bytes + (right.begin - part.begin), event, n.older));
+    }
+    if (matches(w, part, bytes)) return true;
+    const bool certain = w.kind == Kind::write || w.kind == Kind::zero;
+    if (certain && w.acknowledged < event) return false;
+  }
+  return std::memcmp(initial_.data() + part.begin, bytes, part.length()) == 0;
+}
+
+}  // namespace nbdferry::sim

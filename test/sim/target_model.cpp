@@ -1,0 +1,262 @@
+#include "test/sim/target_model.hpp"
+
+#include "test/sim/trace.hpp"
+
+namespace nbdferry::sim {
+
+TargetModel::TargetModel(const Setup& setup, Prng& prng, Cases& cases)
+    : image(setup.target.size), setup_(setup), prng_(prng), cases_(cases) {
+  renew();
+}
+
+// Another server's disk: empty, or full of something else.
+void TargetModel::renew() {
+  image = DiskImage(setup_.target.size);
+  corrupt_.assign(image.units(), false);
+  corrupted_at_.assign(image.units(), 0);
+  haunted_.assign(image.units(), false);
+  zombies_.clear();
+  if (prng_.chance(1, 2)) return;
+  for (std::uint64_t at = 0; at < image.size(); at += block_size_min) {
+    if (prng_.chance(3, 4)) {
+      image.preset(ByteRange{at, std::min(at + block_size_min, image.size())}, 2);
+    }
+  }
+}
+
+// --- the core's actions
+// ---------------------------------------------------------------------------
+
+void TargetModel::open(bool another) {
+  require(link_ == Link::closed, "target: opened while it is open");
+  link_ = Link::opening;
+  if (another && used_) {
+    renew();
+  } else if (used_ && setup_.restarts && prng_.chance(1, 4)) {
+    image.crash(prng_);
+  }
+  used_ = true;
+}
+
+void TargetModel::close(Time now) {
+  require(link_ != Link::closed && link_ != Link::closing, "target: closed while it is closed");
+  if (link_ == Link::up) lose_all(now);
+  link_ = Link::closing;
+  for (auto& f : flights_) f.doomed = true;
+}
+
+void TargetModel::check(const mirror::DiskOp& op) const {
+  const auto& info = setup_.target;
+  require(link_ == Link::up || link_ == Link::dying, "target: {} while it is not up", describe(op));
+  require(flights_.size() < living_ * setup_.window_ops || link_ == Link::dying,
+          "target: {} beyond the window's {} operations", describe(op),
+          living_ * setup_.window_ops);
+  if (op.fua) require(info.can_fua, "target: {} asks for FUA, which is not offered", describe(op));
+  require(!op.fast_only, "target: {} is fast only", describe(op));
+  if (op.command == Command::flush) {
+    require(info.can_flush, "target: flush is not offered");
+    return;
+  }
+  require(!op.range.empty() && op.range.end <= image.size(), "target: {} is not within the disk",
+          describe(op));
+  require(op.range == op.range.widened(info.block_min), "target: {} is not in blocks of {}",
+          describe(op), info.block_min);
+  const std::uint64_t cost = window_cost(op);
+  require(cost <= info.payload_max, "target: {} is longer than {}", describe(op), info.payload_max);
+  require(cost == 0 || bytes_in_flight_ == 0 || link_ == Link::dying ||
+              bytes_in_flight_ + cost <= living_ * setup_.window_bytes,
+          "target: {} beyond the window's {} bytes ({} in flight)", describe(op),
+          living_ * setup_.window_bytes, bytes_in_flight_);
+  if (op.command == Command::write) {
+    require(op.payload.size() == op.range.length(), "target: {} carries {} bytes", describe(op),
+            op.payload.size());
+  }
+  if (op.command == Command::trim) {
+    fail("target: {}: a trim may leave anything behind (rule 9)", describe(op));
+  }
+  if (op.command == Command::zero) {
+    const std::uint64_t limit =
+        info.can_zero ? setup_.engine.limits.zero_piece_bytes : std::uint64_t{info.payload_max};
+    require(op.range.length() <= limit, "target: {} is longer than {}", describe(op), limit);
+  }
+  if (op.command == Command::block_status) {
+    require(info.has_allocation, "target: block status is not offered");
+  }
+  const std::uint64_t align = std::max<std::uint64_t>(info.block_min, block_size_min);
+  for (const auto& f : flights_) {
+    require(!f.op().range.widened(align).overlaps(op.range.widened(align)),
+            "target: {} while {} is in flight", describe(op), describe(f.op()));
+  }
+}
+
+void TargetModel::submit(mirror::DiskOp&& op) {
+  check(op);
+  IoError error = IoError::none;
+  bool inert = false;
+  if (!healthy_ && setup_.target_errors && prng_.chance(1, 25)) {
+    error = prng_.pick({IoError::io, IoError::no_space, IoError::invalid});
+    inert = prng_.chance(1, 3);
+  }
+  bytes_in_flight_ += window_cost(op);
+  Flight& f = flights_.emplace_back(std::move(op), error, inert, image);
+  f.connection = static_cast<unsigned>(prng_.below(std::max(1U, living_)));
+  f.doomed = link_ != Link::up;
+  f.sent = link_ == Link::up;
+}
+
+// --- what happens to it
+// ---------------------------------------------------------------------------
+
+mirror::TargetWindow TargetModel::window() const {
+  return {living_ * setup_.window_ops, living_ * setup_.window_bytes};
+}
+
+mirror::TargetUp TargetModel::come_up() {
+  if (link_ == Link::down && setup_.restarts && prng_.chance(1, 2)) {
+    image.crash(prng_);
+    cases_.saw(Case::server_restart);
+  }
+  link_ = Link::up;
+  living_ =
+      healthy_ ? setup_.connections : static_cast<unsigned>(prng_.between(1, setup_.connections));
+  const auto w = window();
+  return {setup_.target, w.window_ops, w.window_bytes};
+}
+
+mirror::TargetRefused TargetModel::refuse() {
+  link_ = Link::down;
+  living_ = 0;
+  return {"the simulator says no"};
+}
+
+void TargetModel::written(ByteRange range) {
+  for (std::uint64_t u = range.begin / unit_size; u * unit_size < range.end; ++u) {
+    if (!range.contains(image.unit_range(u))) continue;
+    corrupt_[u] = false;
+    haunted_[u] = false;
+  }
+}
+
+void TargetModel::make_zombie(Flight&& flight, Time now) {
+  if (!flight.writes() || !flight.sent || prng_.chance(1, 4)) return;
+  // Before the quarantine ends: anywhere, at once, or at the last moment.
+  const auto span = static_cast<std::uint64_t>(setup_.quarantine.count());
+  const std::uint64_t after = prng_.chance(1, 4)   ? span - 1
+                              : prng_.chance(1, 2) ? prng_.below(span)
+                                                   : prng_.below(span / 8);
+  zombies_.push_back(
+      {std::move(flight), now + Duration(static_cast<std::int64_t>(after)), losses_});
+}
+
+mirror::TargetDone TargetModel::answer(Time now) {
+  const std::size_t i = prng_.below(flights_.size());
+  Flight f = std::move(flights_[i]);
+  flights_[i] = std::move(flights_.back());
+  flights_.pop_back();
+  bytes_in_flight_ -= window_cost(f.op());
+  last_ = f.op();
+  if (f.doomed) {
+    const OpId id = f.op().id;
+    make_zombie(std::move(f), now);
+    return {id, IoError::lost, {}, {}};
+  }
+  f.finish(image, prng_);
+  mirror::TargetDone done{f.op().id, f.error(), {}, {}};
+  if (f.error() != IoError::none) return done;
+  if (f.writes()) written(f.op().range);
+  if (f.op().command == Command::read) done.data = f.take_data();
+  if (f.op().command == Command::block_status) {
+    f.make_extents(image, setup_.target.block_min, true, prng_);
+    done.extents = std::move(f.extents());
+  }
+  return done;
+}
+
+void TargetModel::lose_all(Time now) {
+  link_ = Link::dying;
+  living_ = 0;
+  down_since_ = now;
+  for (auto& f : flights_) f.doomed = true;
+}
+
+mirror::TargetLost TargetModel::go_down() {
+  link_ = Link::down;
+  ++losses_;
+  if (setup_.restarts && prng_.chance(1, 4)) {
+    image.crash(prng_);
+    cases_.saw(Case::server_restart);
+  }
+  return {"the simulator pulled the plug"};
+}
+
+mirror::TargetClosed TargetModel::finish_close() {
+  link_ = Link::closed;
+  ++losses_;
+  return {};
+}
+
+mirror::TargetWindow TargetModel::lose_connection() {
+  --living_;
+  ++losses_;
+  const unsigned lost = static_cast<unsigned>(prng_.below(living_ + 1));
+  for (auto& f : flights_) {
+    if (f.connection == lost) f.doomed = true;
+    if (f.connection == living_) f.connection = lost;  // the last one takes the free number
+  }
+  return window();
+}
+
+mirror::TargetWindow TargetModel::regain_connection() {
+  ++living_;
+  return window();
+}
+
+void TargetModel::progress() {
+  if (!flights_.empty()) flights_[prng_.below(flights_.size())].progress(image, prng_);
+}
+
+void TargetModel::write_back() {
+  const std::uint64_t at = prng_.below(image.units()) * unit_size;
+  image.write_back(ByteRange{at, std::min(at + chunk_size / 4, image.size())});
+}
+
+void TargetModel::corrupt() {
+  const std::uint64_t unit = prng_.below(setup_.engine.size / unit_size + 1);
+  if (unit * unit_size >= setup_.engine.size) return;
+  image.corrupt(unit);
+  corrupt_[unit] = true;
+  corrupted_at_[unit] = event_;
+}
+
+void TargetModel::verified(std::uint64_t event) {
+  for (std::uint64_t u = 0; u < corrupt_.size(); ++u) {
+    if (corrupted_at_[u] < event) corrupt_[u] = false;
+  }
+}
+
+void TargetModel::scribble() {
+  for (int i = 0; i < 4; ++i) {
+    const ByteRange r = image.unit_range(prng_.below(image.units()));
+    std::vector<std::byte> bytes(r.length());
+    fill_pattern(bytes.data(), r, 3);
+    image.write(r, bytes.data());
+  }
+}
+
+void TargetModel::pass_time(Time now) {
+  for (std::size_t i = 0; i < zombies_.size();) {
+    if (zombies_[i].at > now) {
+      ++i;
+      continue;
+    }
+    Zombie z = std::move(zombies_[i]);
+    zombies_[i] = std::move(zombies_.back());
+    zombies_.pop_back();
+    const ByteRange r = z.flight.op().range;
+    if (!z.flight.haunt(image, prng_)) continue;
+    if (link_ == Link::up) cases_.saw(Case::zombie_after_reconnect);
+    for (std::uint64_t u = r.begin / unit_size; u * unit_size < r.end; ++u) haunted_[u] = true;
+  }
+}
+
+}  // namespace nbdferry::sim

@@ -1,0 +1,106 @@
+// TargetModel: the remote server, its cache, and the connections to it. Hostile.
+//
+// Connections are lost with requests in flight; each of those the old server applies never, or at
+// any time until the quarantine ends, also after a reconnect and after newer writes (a zombie).
+// When no connection is left the server may restart: what was not flushed is lost, unit by unit.
+//
+// What it asserts of the core: the border's contract (events.hpp) and rule 4, that nothing overlaps
+// in flight, widened to the block; the window; the server's limits and what it offers.
+#pragma once
+
+#include <vector>
+
+#include "mirror/events.hpp"
+#include "test/sim/coverage.hpp"
+#include "test/sim/flight.hpp"
+#include "test/sim/setup.hpp"
+
+namespace nbdferry::sim {
+
+class TargetModel {
+ public:
+  enum class Link { closed, opening, up, dying, down, closing };
+
+  TargetModel(const Setup& setup, Prng& prng, Cases& cases);
+
+  [[nodiscard]] Link link() const { return link_; }
+  [[nodiscard]] bool up() const { return link_ == Link::up; }
+  [[nodiscard]] bool busy() const { return !flights_.empty(); }
+  [[nodiscard]] std::uint64_t bytes_in_flight() const { return bytes_in_flight_; }
+  [[nodiscard]] Time down_since() const { return down_since_; }
+
+  // The core's actions.
+  void open(bool another);
+  void close(Time now);
+  void submit(mirror::DiskOp&& op);
+
+  // What happens to it; each returns the event that the core is to get.
+  [[nodiscard]] mirror::TargetUp come_up();
+  [[nodiscard]] mirror::TargetRefused refuse();
+  [[nodiscard]] mirror::TargetDone answer(Time now);                  // some operation in flight
+  [[nodiscard]] const mirror::DiskOp& last() const { return last_; }  // what answer() ended last
+  [[nodiscard]] mirror::TargetLost go_down();                         // dying, and all are answered
+  [[nodiscard]] mirror::TargetClosed finish_close();  // closing, and all are answered
+  // One connection is lost, or comes back.
+  [[nodiscard]] bool can_lose_connection() const { return up() && living_ > 1; }
+  [[nodiscard]] mirror::TargetWindow lose_connection();
+  [[nodiscard]] bool can_regain_connection() const { return up() && living_ < setup_.connections; }
+  [[nodiscard]] mirror::TargetWindow regain_connection();
+  void lose_all(Time now);
+  void progress();
+  void write_back();
+  void corrupt();
+  // Somebody else writes to it: it belongs to another host now.
+  void scribble();
+  // Zombies whose time has come.
+  void pass_time(Time now);
+
+  void heal() { healthy_ = true; }
+  [[nodiscard]] bool haunted() const { return !zombies_.empty(); }
+
+  // Silently corrupt and not written since.
+  [[nodiscard]] bool corrupt(std::uint64_t unit) const { return corrupt_[unit]; }
+  // A complete verification began at `event`: what was corrupt before it counts as found.
+  void verified(std::uint64_t event);
+  void set_event(std::uint64_t event) { event_ = event; }
+  // A zombie wrote there and nobody has since.
+  [[nodiscard]] bool haunted(std::uint64_t unit) const { return haunted_[unit]; }
+
+  DiskImage image;
+
+ private:
+  struct Zombie {
+    Flight flight;
+    Time at;
+    std::uint64_t losses;  // how many there had been when it was sent
+  };
+
+  void renew();
+  void check(const mirror::DiskOp& op) const;
+  void written(ByteRange range);
+  void make_zombie(Flight&& flight, Time now);
+  [[nodiscard]] mirror::TargetWindow window() const;
+  [[nodiscard]] static std::uint64_t window_cost(const mirror::DiskOp& op) {
+    return op.command == Command::write || op.command == Command::read ? op.range.length() : 0;
+  }
+
+  const Setup& setup_;
+  Prng& prng_;
+  Cases& cases_;
+  Link link_ = Link::closed;
+  bool healthy_ = false;
+  bool used_ = false;  // opened before: it may hold another migration's data
+  unsigned living_ = 0;
+  std::uint64_t losses_ = 0;
+  std::uint64_t event_ = 0;
+  Time down_since_{0};
+  std::uint64_t bytes_in_flight_ = 0;
+  std::vector<Flight> flights_;
+  mirror::DiskOp last_;
+  std::vector<Zombie> zombies_;
+  std::vector<bool> corrupt_;
+  std::vector<std::uint64_t> corrupted_at_;
+  std::vector<bool> haunted_;
+};
+
+}  // namespace nbdferry::sim

@@ -1,0 +1,279 @@
+#include "test/sim/world.hpp"
+
+namespace nbdferry::sim {
+
+using namespace mirror;
+
+World::World(std::uint64_t seed, Trace& trace)
+    : prng_(seed),
+      setup_(make_setup(prng_)),
+      trace_(trace),
+      source_(setup_, prng_),
+      target_(setup_, prng_, cases_),
+      guest_(setup_, source_.image),
+      engine_(setup_.engine) {
+  trace_.line("size {} source_align {} promised {} window {}x({} ops, {} bytes)",
+              setup_.engine.size, setup_.engine.source_align, setup_.engine.promised_block_min,
+              setup_.connections, setup_.window_ops, setup_.window_bytes);
+}
+
+// --- moving it
+// ------------------------------------------------------------------------------------
+
+void World::apply(Event&& event) {
+  ++event_;
+  target_.set_event(event_);
+  if (trace_.on()) trace_.line("{:>6} {:>9} us {}", event_, now_.count() / 1000, describe(event));
+  actions_.clear();
+  engine_.apply(std::move(event), now_, actions_);
+  for (auto& action : actions_) {
+    if (trace_.on()) trace_.line("{:>16} {}", "", describe(action));
+    std::visit([this](auto& a) { act(a); }, action);
+  }
+  check_status();
+  if (setup_.check_invariants) engine_.check_invariants();
+}
+
+void World::advance(Duration by) {
+  const Time until = now_ + by;
+  while (now_ < until) {
+    now_ = std::min(until, next_tick_);
+    target_.pass_time(now_);
+    if (now_ < next_tick_) continue;
+    next_tick_ = now_ + setup_.tick_period;
+    if (!engine_.wants_ticks() && !setup_.tick_always) continue;
+    apply(Tick{});
+    check_times();
+  }
+}
+
+void World::guest_request(GuestRequest&& request) {
+  guest_.arrived(request, event_ + 1);
+  apply(std::move(request));
+}
+
+void World::complete_source() {
+  SourceDone done = source_.complete();
+  if (done.error != IoError::none) {
+    guest_.disk_failed(source_.last().command, source_.last().range, event_ + 1);
+  }
+  guest_.source_done(done.id, done.error, now_);
+  apply(std::move(done));
+}
+
+void World::answer_target() {
+  TargetDone done = target_.answer(now_);
+  if (serving_ == Serving::target && done.error != IoError::none) {
+    target_failed_ = true;
+    if (done.error != IoError::lost) {
+      guest_.disk_failed(target_.last().command, target_.last().range, event_ + 1);
+    }
+  }
+  apply(std::move(done));
+}
+
+void World::write_record(bool ok) {
+  const SwitchKind kind = *record_;
+  record_.reset();
+  if (!ok) {
+    cases_.saw(Case::record_failure);
+    apply(RecordWritten{false, "the simulator's disk is full"});
+    return;
+  }
+  check_identical("when the record was written", setup_.target.can_flush, false);
+  if (kind == SwitchKind::pivot) {
+    serving_ = Serving::target;
+    cases_.saw(Case::pivoted);
+    // What could not be read was left out knowingly: anything may be there.
+    for (std::uint64_t u = 0; u < source_.image.units(); ++u) {
+      if (excused(u)) guest_.oracle().undefined(source_.image.unit_range(u));
+    }
+  } else {
+    serving_ = Serving::nobody;
+    cases_.saw(Case::released);
+  }
+  apply(RecordWritten{true, {}});
+}
+
+void World::heal() {
+  source_.heal();
+  target_.heal();
+}
+
+void World::note_start(const MigrateOptions& options) {
+  buffer_bytes_ = options.buffer_bytes;
+  skip_unreadable_ = options.skip_unreadable;
+}
+
+// --- actions
+// --------------------------------------------------------------------------------------
+
+void World::act(SubmitSource& a) {
+  if (is_write(a.op.command)) {
+    require(serving_ == Serving::source, "source: {}, which it does not own", describe(a.op));
+    guest_.source_submitted(a.op, now_);
+  }
+  cases_.saw_if(source_.submit(std::move(a.op)), Case::torn_read);
+}
+
+void World::act(Reply& a) {
+  GuestView::Authority authority{serving_, &source_.image, false, false, nullptr};
+  if (serving_ == Serving::target) {
+    authority.image = &target_.image;
+    authority.target = &target_;
+    authority.target_failed = target_failed_;
+    authority.unreachable = !target_.up() && now_ - target_.down_since() >= setup_.reconnect_delay;
+  }
+  guest_.replied(a, authority, event_);
+}
+
+void World::act(WriteRecord& a) {
+  require(!record_ && serving_ == Serving::source, "a record is written out of turn");
+  require(
+      a.kind != SwitchKind::pivot ||
+          (setup_.target.can_flush && setup_.target.block_min <= setup_.engine.promised_block_min),
+      "a pivot to a target that does not keep the promise to the guest");
+  record_ = a.kind;
+  check_identical("at the commit", setup_.target.can_flush, false);
+}
+
+void World::act(CommandDone& a) {
+  const auto it = commands_.find(a.command);
+  require(it != commands_.end(), "command {}: answered, but not open",
+          static_cast<std::uint64_t>(a.command));
+  const OpenCommand command = it->second;
+  commands_.erase(it);
+  last_command_ok_ = a.ok;
+  last_message_ = a.message;
+  if (command.kind == Event(Prepare{}).index() && a.ok && serving_ == Serving::source) {
+    prepared_since_.reset();
+    check_identical("when prepared", false, true);
+  } else if (command.kind == Event(Verify{}).index()) {
+    const bool complete = a.message.find("compared") != std::string::npos &&
+                          a.message.find("never quiet") == std::string::npos;
+    if (complete) target_.verified(command.event);
+    cases_.saw_if(complete && !a.ok, Case::corruption_found);
+  } else if (command.kind == Event(Unfence{}).index() && a.ok && serving_ == Serving::nobody) {
+    serving_ = Serving::source;
+    cases_.saw(Case::unfenced);
+  }
+}
+
+// --- checks
+// ---------------------------------------------------------------------------------------
+
+void World::check_status() {
+  status_ = engine_.status();
+  const Status& s = status_;
+  require(s.serving == serving_, "the core and the record disagree on who serves");
+  guest_.after_event(s.mode == Mode::async, serving_);
+  require(s.mismatched_bytes == 0 || setup_.corruption, "verify: a false alarm");
+
+  const bool level = s.phase == Phase::prepared || s.phase == Phase::sealed;
+  require(!level || s.suspect_bytes == 0, "prepared with suspects");
+  require(!level || s.stale_bytes == 0 || skip_unreadable_, "prepared with {} stale bytes",
+          s.stale_bytes);
+  if (serving_ == Serving::source) {
+    const std::uint64_t block = std::max<std::uint64_t>(block_size_min, setup_.target.block_min);
+    const std::uint64_t limit = buffer_bytes_ + guest_.open_write_bytes(block);
+    require(s.buffered_bytes <= limit + target_.bytes_in_flight(), "{} bytes buffered, beyond {}",
+            s.buffered_bytes, limit);
+  }
+  cases_.saw_if(s.held_requests != 0, Case::held_write);
+  cases_.saw_if(s.unreadable_bytes != 0, Case::unreadable);
+
+  if (!s.holding || record_ || serving_ != Serving::source) {
+    hold_since_.reset();
+  } else if (!hold_since_) {
+    hold_since_ = now_;
+  }
+  if (s.phase != Phase::prepared) {
+    prepared_since_.reset();
+  } else if (!prepared_since_) {
+    prepared_since_ = now_;
+  }
+}
+
+// Rule 10's limits, and rule 1's. Checked after a tick; the slack is a tick or two.
+void World::check_times() {
+  const Duration slack = 2 * setup_.tick_period;
+  require(!hold_since_ || now_ - *hold_since_ <= setup_.downtime_limit + slack,
+          "writes are held for longer than the downtime limit");
+  require(!prepared_since_ || now_ - *prepared_since_ <= setup_.prepare_timeout + slack,
+          "prepared for longer than the timeout");
+  for (const auto& [id, c] : commands_) {
+    Duration limit = Duration::max();
+    if (c.kind == Event(Prepare{}).index() || c.kind == Event(Seal{}).index()) {
+      limit = setup_.downtime_limit + slack;
+    } else if (c.kind == Event(Switch{}).index() && !record_) {
+      limit = 2 * setup_.downtime_limit + slack;
+    }
+    require(record_.has_value() || now_ - c.at <= limit, "command {} takes too long",
+            static_cast<std::uint64_t>(id));
+  }
+  if (serving_ == Serving::source) guest_.check_delays(now_);
+}
+
+bool World::excused(std::uint64_t unit) const {
+  return target_.corrupt(unit) || (skip_unreadable_ && source_.read_failed(unit));
+}
+
+void World::check_identical(const char* when, bool durable, bool but_open) {
+  const DiskImage& source = source_.image;
+  for (const bool medium : {false, true}) {
+    if (medium && !durable) break;
+    const std::byte* target = medium ? target_.image.durable() : target_.image.current();
+    if (std::equal(source.current(), source.current() + source.size(), target)) continue;
+    for (std::uint64_t u = 0; u < source.units(); ++u) {
+      const ByteRange r = source.unit_range(u);
+      if (std::equal(source.current() + r.begin, source.current() + r.end, target + r.begin) ||
+          excused(u)) {
+        continue;
+      }
+      bool is_open = false;
+      for (const auto& q : guest_.open()) {
+        is_open = is_open || (but_open && is_write(q.command) && q.range.overlaps(r));
+      }
+      require(is_open, "{}: source and target differ{} at byte {}", when,
+              medium ? " on the medium" : "", r.begin);
+    }
+  }
+}
+
+void World::check_authority(const char* when) {
+  const ByteRange all{0, setup_.engine.size};
+  const bool target = serving_ == Serving::target;
+  const DiskImage& image = target ? target_.image : source_.image;
+  const auto wrong = guest_.oracle().wrong(all, image.current(), event_ + 1);
+  require(!wrong, "{}: the disk that serves holds a wrong byte {}", when, wrong.value_or(0));
+}
+
+void World::check_medium(const char* when) {
+  const ByteRange all{0, setup_.engine.size};
+  const auto wrong = guest_.oracle().wrong(all, target_.image.durable(), event_ + 1);
+  require(!wrong, "{}: the target's medium holds a wrong byte {}", when, wrong.value_or(0));
+}
+
+void World::check_quiet() {
+  require(guest_.open().empty(), "guest requests are left unanswered");
+  require(!source_.busy(), "source operations are left");
+  require(engine_.open_requests() == 0, "the core believes that {} requests are open",
+          engine_.open_requests());
+  engine_.check_invariants();
+}
+
+void World::count_cases() {
+  const Counters& c = engine_.counters();
+  cases_.saw_if(c.overflow_during_copy != 0, Case::overflow_during_copy);
+  cases_.saw_if(c.armed_with_writes_in_flight != 0, Case::armed_with_writes_in_flight);
+  cases_.saw_if(c.superseded != 0, Case::superseded);
+  cases_.saw_if(c.superseded_by_trim != 0, Case::superseded_by_trim);
+  cases_.saw_if(c.debt_while_prepared != 0, Case::debt_while_prepared);
+  cases_.saw_if(c.sync_timeouts != 0, Case::sync_timeout);
+  cases_.saw_if(c.read_backs != 0, Case::read_back);
+  cases_.saw_if(c.copies_discarded != 0, Case::copy_discarded);
+  cases_.saw_if(c.flush_failures != 0, Case::flush_failure);
+  cases_.saw_if(c.replayed_writes != 0, Case::replayed_write);
+}
+
+}  // namespace nbdferry::sim

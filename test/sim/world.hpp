@@ -1,0 +1,125 @@
+// World: the core between its disks and its guest. Carries events in and actions out, keeps virtual
+// time, and checks after each event what can be seen from outside.
+//
+// What happens next is the Driver's to choose; what may happen is checked here and in the models.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "mirror/engine.hpp"
+#include "test/sim/coverage.hpp"
+#include "test/sim/guest_view.hpp"
+#include "test/sim/setup.hpp"
+#include "test/sim/source_model.hpp"
+#include "test/sim/target_model.hpp"
+#include "test/sim/trace.hpp"
+
+namespace nbdferry::sim {
+
+class World {
+  struct OpenCommand {
+    std::size_t kind;  // index in Event
+    Time at;
+    std::uint64_t event;
+  };
+
+ public:
+  World(std::uint64_t seed, Trace& trace);
+
+  // --- moving it
+  void apply(mirror::Event&& event);
+  void advance(Duration by);
+  void guest_request(mirror::GuestRequest&& request);
+  template <typename E>
+  CommandId command(E&& event) {
+    event.command = CommandId{++last_command_};
+    commands_.emplace(event.command, OpenCommand{mirror::Event(event).index(), now_, event_});
+    const CommandId id = event.command;
+    apply(std::forward<E>(event));
+    return id;
+  }
+  void complete_source();
+  void answer_target();
+  void come_up() { apply(target_.come_up()); }
+  void write_record(bool ok);
+  void lose_target() { target_.lose_all(now_); }
+  void heal();
+
+  // --- looking at it
+  [[nodiscard]] Prng& prng() { return prng_; }
+  [[nodiscard]] const Setup& setup() const { return setup_; }
+  [[nodiscard]] SourceModel& source() { return source_; }
+  [[nodiscard]] TargetModel& target() { return target_; }
+  [[nodiscard]] GuestView& guest() { return guest_; }
+  [[nodiscard]] Cases& cases() { return cases_; }
+  [[nodiscard]] const mirror::Status& status() const { return status_; }
+  [[nodiscard]] mirror::Serving serving() const { return serving_; }
+  [[nodiscard]] Time now() const { return now_; }
+  [[nodiscard]] std::uint64_t events() const { return event_; }
+  [[nodiscard]] bool record_pending() const { return record_.has_value(); }
+  [[nodiscard]] bool command_open(CommandId id) const { return commands_.contains(id); }
+  [[nodiscard]] bool any_command_open() const { return !commands_.empty(); }
+  [[nodiscard]] bool last_command_ok() const { return last_command_ok_; }
+  [[nodiscard]] const std::string& last_message() const { return last_message_; }
+
+  // The target holds what the source holds; on its medium too, if `durable`. Open writes are left
+  // out if `but_open`.
+  void check_identical(const char* when, bool durable, bool but_open);
+  // The serving disk holds what the guest has written.
+  void check_authority(const char* when);
+  // So does its medium.
+  void check_medium(const char* when);
+  void check_quiet();
+  void count_cases();
+
+  // Starts a migration with these options, from the driver.
+  void note_start(const mirror::MigrateOptions& options);
+  void note_another_target() { another_target_ = true; }
+
+ private:
+  void act(mirror::SubmitSource& a);
+  void act(mirror::SubmitTarget& a) { target_.submit(std::move(a.op)); }
+  void act(mirror::Reply& a);
+  void act(mirror::OpenTarget&) { target_.open(std::exchange(another_target_, false)); }
+  void act(mirror::CloseTarget&) { target_.close(now_); }
+  void act(mirror::WriteRecord& a);
+  void act(mirror::CommandDone& a);
+  void act(mirror::Notice&) {}
+
+  void check_status();
+  void check_times();
+  [[nodiscard]] bool excused(std::uint64_t unit) const;
+
+  Prng prng_;
+  Setup setup_;
+  Trace& trace_;
+  Cases cases_;
+  SourceModel source_;
+  TargetModel target_;
+  GuestView guest_;
+  mirror::Engine engine_;
+  mirror::Actions actions_;
+  mirror::Status status_;
+
+  Time now_{0};
+  Time next_tick_{0};
+  std::uint64_t event_ = 0;
+  mirror::Serving serving_ = mirror::Serving::source;
+  std::optional<mirror::SwitchKind> record_;
+  bool target_failed_ = false;    // since the pivot
+  bool skip_unreadable_ = false;  // in some migration to this target
+  bool another_target_ = false;
+  std::uint64_t buffer_bytes_ = 0;
+
+  std::uint64_t last_command_ = 0;
+  std::map<CommandId, OpenCommand> commands_;
+  bool last_command_ok_ = false;
+  std::string last_message_;
+  std::optional<Time> hold_since_;
+  std::optional<Time> prepared_since_;
+};
+
+}  // namespace nbdferry::sim
