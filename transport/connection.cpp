@@ -1,0 +1,313 @@
+// The life of a connection: dial, handshake, waits, end. What it sends is in flights.cpp.
+#include "transport/connection.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <cstring>
+
+#include <fcntl.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <boost/asio/post.hpp>
+#include <fmt/format.h>
+#include <libnbd.h>
+
+#include "mirror/assert.hpp"
+#include "transport/flight.hpp"
+#include "transport/libnbd_errors.hpp"
+
+namespace nbdferry::transport {
+
+namespace {
+
+// Replies handled before the loop gets its turn. libnbd handles one a call, and the socket must be
+// known to be readable before each.
+constexpr int replies_per_turn_max = 64;
+
+constexpr std::uint32_t payload_limit = 32 * 1024 * 1024;  // NBD protocol: portable maximum
+
+}  // namespace
+
+Connection::Connection(const boost::asio::any_io_executor& executor, ConnectionOptions options,
+                       ConnectionOwner& owner)
+    : options_(std::move(options)),
+      owner_(&owner),
+      executor_(executor),
+      timer_(executor),
+      watched_(executor) {}
+
+Connection::~Connection() { shut(); }
+
+void Connection::open() {
+  timer_.expires_after(options_.connect_timeout);
+  timer_.async_wait([weak = weak_from_this()](const boost::system::error_code& error) {
+    if (auto self = weak.lock(); self && !error) self->on_timeout();
+  });
+  dial_ = std::make_shared<Dial>(executor_, options_.endpoint,
+                                 [weak = weak_from_this()](int fd, const std::string& error) {
+                                   if (auto self = weak.lock()) {
+                                     self->on_dialled(fd, error);
+                                   } else if (fd >= 0) {
+                                     ::close(fd);
+                                   }
+                                 });
+  dial_->start();
+}
+
+void Connection::on_timeout() {
+  if (stage_ == Stage::ready || stage_ == Stage::ended) return;
+  const auto seconds = std::chrono::duration<double>(options_.connect_timeout).count();
+  fail(stage_ == Stage::dialling
+           ? fmt::format("cannot connect: no answer within {:g} s", seconds)
+           : fmt::format("connected, but the NBD handshake did not end within {:g} s", seconds));
+}
+
+void Connection::on_dialled(int fd, const std::string& error) {
+  dial_.reset();
+  if (fd < 0) {
+    fail(error);
+    return;
+  }
+  const auto failure = start_handshake(fd);
+  if (!failure.empty()) {
+    fail(failure);
+    return;
+  }
+  wait_as_directed();
+  progress();
+}
+
+// Takes the descriptor over; returns why it failed, or nothing.
+std::string Connection::start_handshake(int fd) {
+  const int watched = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  if (watched < 0) {
+    const int error = errno;
+    ::close(fd);
+    return fmt::format("cannot duplicate a socket: {}", std::strerror(error));
+  }
+  watched_.assign(watched);
+  stage_ = Stage::handshaking;
+  handle_ = nbd_create();
+  // We send nothing that the server didn't offer; where libnbd's view differs, the server decides.
+  // Buffers are always filled before they are used, so that clearing them first is wasted.
+  const bool configured =
+      handle_ != nullptr && nbd_set_strict_mode(handle_, 0) == 0 &&
+      nbd_set_pread_initialize(handle_, false) == 0 &&
+      nbd_set_export_name(handle_, options_.endpoint.export_name.c_str()) == 0 &&
+      nbd_add_meta_context(handle_, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0 &&
+      (options_.migration_id.empty() ||
+       nbd_add_meta_context(handle_, migration_context(options_.migration_id).c_str()) == 0);
+  if (!configured) {
+    ::close(fd);
+    return last_libnbd_error();
+  }
+  // From here on the descriptor is libnbd's, even when this fails.
+  if (nbd_aio_connect_socket(handle_, fd) == -1) return last_libnbd_error();
+  return {};
+}
+
+void Connection::learn_offer() {
+  auto& info = offer_.info;
+  const auto block_size = [this](int which) {
+    return static_cast<std::uint64_t>(
+        std::max<std::int64_t>(0, nbd_get_block_size(handle_, which)));
+  };
+  info.size = static_cast<std::uint64_t>(std::max<std::int64_t>(0, nbd_get_size(handle_)));
+  // Zero means that the server didn't say. libnbd has checked that it is a power of two ≤ 64 KiB.
+  info.block_min =
+      static_cast<std::uint32_t>(std::max<std::uint64_t>(1, block_size(LIBNBD_SIZE_MINIMUM)));
+  const auto payload_max = block_size(LIBNBD_SIZE_MAXIMUM);
+  info.payload_max =
+      payload_max == 0
+          ? payload_limit
+          : static_cast<std::uint32_t>(std::min<std::uint64_t>(payload_max, payload_limit));
+  info.read_only = nbd_is_read_only(handle_) == 1;
+  info.can_flush = nbd_can_flush(handle_) == 1;
+  info.can_fua = nbd_can_fua(handle_) == 1;
+  info.can_trim = nbd_can_trim(handle_) == 1;
+  info.can_zero = nbd_can_zero(handle_) == 1;
+  info.has_allocation = nbd_can_meta_context(handle_, LIBNBD_CONTEXT_BASE_ALLOCATION) == 1;
+  offer_.multi_conn = nbd_can_multi_conn(handle_) == 1;
+  offer_.can_fast_zero = nbd_can_fast_zero(handle_) == 1;
+  offer_.migration_accepted =
+      !options_.migration_id.empty() &&
+      nbd_can_meta_context(handle_, migration_context(options_.migration_id).c_str()) == 1;
+}
+
+std::string Connection::why_dead() const {
+  const bool closed = nbd_aio_is_closed(handle_) == 1;
+  const auto why = closed ? "the server closed the connection" : last_libnbd_error();
+  // libnbd begins most errors of the handshake with that word, yet not those of the socket.
+  const bool silent = stage_ == Stage::handshaking && !why.starts_with("handshake: ");
+  return silent ? fmt::format("the NBD handshake failed: {}", why) : why;
+}
+
+// --- waiting
+// --------------------------------------------------------------------------------------
+
+// To be called after every call into libnbd. Never tells the owner: progress() does.
+void Connection::wait_as_directed() {
+  const unsigned direction = nbd_aio_get_direction(handle_);
+  if (direction == 0) {
+    dead_ = true;
+    return;
+  }
+  if ((direction & LIBNBD_AIO_DIRECTION_READ) != 0 && !reading_) {
+    reading_ = true;
+    watched_.async_wait(boost::asio::posix::descriptor_base::wait_read,
+                        [self = shared_from_this()](const boost::system::error_code& error) {
+                          self->reading_ = false;
+                          if (!error && self->handle_ != nullptr) self->on_readable();
+                        });
+  }
+  if ((direction & LIBNBD_AIO_DIRECTION_WRITE) != 0 && !writing_) {
+    writing_ = true;
+    watched_.async_wait(boost::asio::posix::descriptor_base::wait_write,
+                        [self = shared_from_this()](const boost::system::error_code& error) {
+                          self->writing_ = false;
+                          if (!error && self->handle_ != nullptr) self->on_writable();
+                        });
+  }
+}
+
+bool Connection::readable_now() {
+  pollfd p{watched_.native_handle(), POLLIN, 0};
+  return ::poll(&p, 1, 0) == 1;
+}
+
+void Connection::on_readable() {
+  for (int replies = 0; replies < replies_per_turn_max; ++replies) {
+    if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_READ) == 0) break;
+    // A speculative call would park the handle where new commands queue unsent.
+    if (!readable_now()) break;
+    if (nbd_aio_notify_read(handle_) == -1) break;
+  }
+  wait_as_directed();
+  progress();
+}
+
+void Connection::on_writable() {
+  if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_WRITE) != 0) {
+    (void)nbd_aio_notify_write(handle_);
+  }
+  wait_as_directed();
+  progress();
+}
+
+// Tells the owner what has happened. Runs on the executor, outside of every other call.
+void Connection::progress() {
+  if (handle_ == nullptr) return;
+  const auto self = shared_from_this();  // the owner may drop us
+  collect();
+  if (dead_) {
+    fail(why_dead());
+    return;
+  }
+  if (stage_ == Stage::handshaking && nbd_aio_is_ready(handle_) == 1) {
+    stage_ = Stage::ready;
+    timer_.cancel();
+    learn_offer();
+    owner_->on_ready(*this);
+  } else if (!answers_.empty()) {
+    owner_->on_answers(*this);
+  }
+}
+
+// --- sending
+// --------------------------------------------------------------------------------------
+
+void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence) {
+  NBDFERRY_ASSERT(stage_ == Stage::ready, "operations go to ready connections only");
+  Flight& flight = take_flight(std::move(op), sequence);
+  // A handle that died a moment ago answers nothing: the flight ends as lost with all the others.
+  if (!dead_) {
+    if (issue(flight) == -1) {
+      flight.error = nbd_get_errno() == 0 ? EIO : nbd_get_errno();
+      completed_.push_back(&flight);
+    }
+    wait_as_directed();
+  }
+  if ((dead_ || !completed_.empty()) && !progress_posted_) {
+    progress_posted_ = true;
+    boost::asio::post(executor_, [self = shared_from_this()] {
+      self->progress_posted_ = false;
+      self->progress();
+    });
+  }
+}
+
+Connection::Flight& Connection::take_flight(mirror::DiskOp&& op, std::uint64_t sequence) {
+  if (idle_.empty()) {
+    flights_.push_back(std::make_unique<Flight>());
+    idle_.push_back(flights_.back().get());
+  }
+  Flight& flight = *idle_.back();
+  idle_.pop_back();
+  flight.start(*this, std::move(op), sequence);
+  ++ops_;
+  cost_ += flight.cost;
+  return flight;
+}
+
+void Connection::collect() {
+  for (Flight* flight : completed_) {
+    // An error that came with the handle's death is nobody's answer.
+    const bool lost = dead_ && flight->error != 0;
+    answer(*flight, lost ? IoError::lost : error_of_errno(flight->error));
+  }
+  completed_.clear();
+}
+
+void Connection::answer(Flight& flight, IoError error) {
+  answers_.push_back(flight.finish(error));
+  --ops_;
+  cost_ -= flight.cost;
+  idle_.push_back(&flight);
+}
+
+void Connection::take_answers(std::vector<Answer>& out) {
+  for (auto& a : answers_) out.push_back(std::move(a));
+  answers_.clear();
+}
+
+// --- the end
+// --------------------------------------------------------------------------------------
+
+void Connection::fail(const std::string& reason) {
+  if (stage_ == Stage::ended) return;
+  const auto self = shared_from_this();
+  shut();
+  owner_->on_ended(*this, reason);
+}
+
+void Connection::close() {
+  if (stage_ == Stage::ready && !dead_ && ops_ == 0) {
+    // Everything we sent was answered: nothing can be applied later, so the server may have its
+    // DISC.
+    if (!options_.endpoint.is_unix()) let_linger(watched_.native_handle());
+    (void)nbd_aio_disconnect(handle_, 0);
+  }
+  shut();
+}
+
+void Connection::shut() {
+  stage_ = Stage::ended;
+  timer_.cancel();
+  if (dial_) dial_->cancel();
+  dial_.reset();
+  if (watched_.is_open()) {
+    // Not watched_.close(): Asio leaves the epoll registration to the close of the last descriptor,
+    // which may be libnbd's.
+    ::close(watched_.release());
+  }
+  if (handle_ != nullptr) nbd_close(std::exchange(handle_, nullptr));
+  dead_ = true;
+  collect();
+  for (auto& flight : flights_) {
+    if (flight->busy) answer(*flight, IoError::lost);
+  }
+}
+
+}  // namespace nbdferry::transport

@@ -1,0 +1,142 @@
+// Connection: one NBD session with the target's server, that is one libnbd handle, from dialling to
+// its end. It never comes back; its owner makes a new one.
+//
+// The interface is post and complete: operations go in by post(), answers are fetched with
+// take_answers() when the owner is told. So a connection could run on a thread of its own.
+//
+//   dialling -> handshaking -> ready -> ended          (ended is reachable from everywhere)
+//
+// What must hold:
+//  - Every posted operation becomes exactly one answer. libnbd answers what it can; what is in
+//    flight when the handle dies or is closed, we answer as lost.
+//  - Buffers and payloads outlive libnbd's use of them: until completion, or until nbd_close.
+//  - The direction is read anew after every call into libnbd; there is at most one read wait and
+//  one
+//    write wait; notify_read is called only when the socket is readable.
+//  - libnbd's callbacks run under its lock: they only note what happened.
+//  - Asio watches a duplicate of the descriptor, because libnbd closes its own when it likes; the
+//    duplicate is closed before the handle, always (rule 8).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <boost/asio/any_io_executor.hpp>
+#include <boost/asio/posix/stream_descriptor.hpp>
+#include <boost/asio/steady_timer.hpp>
+
+#include "mirror/events.hpp"
+#include "transport/dial.hpp"
+
+struct nbd_handle;
+
+namespace nbdferry::transport {
+
+// What the server told us in the handshake.
+struct Offer {
+  mirror::TargetInfo info;
+  bool multi_conn = false;
+  bool can_fast_zero = false;
+  bool migration_accepted = false;
+};
+
+struct Answer {
+  mirror::TargetDone done;
+  std::uint64_t sequence = 0;    // as given to post()
+  std::uint64_t sent_bytes = 0;  // data that travelled to the server
+  Duration latency{};            // of small requests that were answered; else zero
+};
+
+class Connection;
+
+// Told from the executor only, never from inside a member function of Connection.
+class ConnectionOwner {
+ public:
+  virtual void on_ready(Connection& connection) = 0;
+  virtual void on_answers(Connection& connection) = 0;
+  // The last call. All answers are there to be taken.
+  virtual void on_ended(Connection& connection, const std::string& reason) = 0;
+
+ protected:
+  ~ConnectionOwner() = default;
+};
+
+struct ConnectionOptions {
+  Endpoint endpoint;
+  std::string migration_id;
+  Duration connect_timeout{};  // for dialling and handshaking together
+};
+
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  // `owner` must live until on_ended was called or close() has returned.
+  Connection(const boost::asio::any_io_executor& executor, ConnectionOptions options,
+             ConnectionOwner& owner);
+  ~Connection();
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
+
+  void open();
+  void post(mirror::DiskOp&& op, std::uint64_t sequence);
+  // Lets go at once: politely when nothing is in flight, else with a reset. The owner isn't called
+  // any more; the answers (lost) can be taken.
+  void close();
+
+  void take_answers(std::vector<Answer>& out);
+
+  [[nodiscard]] bool is_ready() const { return stage_ == Stage::ready && !dead_; }
+  [[nodiscard]] const Offer& offer() const { return offer_; }  // once ready
+  [[nodiscard]] std::uint32_t ops() const { return ops_; }     // in flight
+  [[nodiscard]] std::uint64_t cost() const { return cost_; }   // of what is in flight, about bytes
+
+ private:
+  enum class Stage : std::uint8_t { dialling, handshaking, ready, ended };
+  struct Flight;
+  using Clock = std::chrono::steady_clock;
+
+  void on_dialled(int fd, const std::string& error);
+  void on_timeout();
+  std::string start_handshake(int fd);
+  void learn_offer();
+  std::string why_dead() const;
+
+  void on_readable();
+  void on_writable();
+  bool readable_now();
+  void wait_as_directed();
+  void progress();
+  void fail(const std::string& reason);
+  void shut();
+
+  Flight& take_flight(mirror::DiskOp&& op, std::uint64_t sequence);
+  std::int64_t issue(Flight& flight);
+  void collect();
+  void answer(Flight& flight, IoError error);
+
+  ConnectionOptions options_;
+  ConnectionOwner* owner_;
+  boost::asio::any_io_executor executor_;
+  boost::asio::steady_timer timer_;
+  boost::asio::posix::stream_descriptor watched_;
+  std::shared_ptr<Dial> dial_;
+  nbd_handle* handle_ = nullptr;
+  Stage stage_ = Stage::dialling;
+  bool dead_ = false;     // libnbd's handle is finished; we have not said so yet
+  bool reading_ = false;  // a wait is pending
+  bool writing_ = false;
+  bool progress_posted_ = false;
+
+  Offer offer_;
+  std::vector<std::unique_ptr<Flight>>
+      flights_;  // all, in use or idle; as many as ever were in use
+  std::vector<Flight*> idle_;
+  std::vector<Flight*> completed_;  // filled by libnbd's callbacks
+  std::vector<Answer> answers_;
+  std::uint32_t ops_ = 0;
+  std::uint64_t cost_ = 0;
+};
+
+}  // namespace nbdferry::transport

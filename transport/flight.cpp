@@ -1,0 +1,158 @@
+// How each command of ours becomes one of NBD's, and the answer one of ours.
+#include "transport/flight.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include <sys/mman.h>
+
+#include <libnbd.h>
+
+#include "mirror/assert.hpp"
+
+namespace nbdferry::transport {
+
+namespace {
+
+constexpr std::uint64_t cost_per_op = 4096;               // a request without data isn't free
+constexpr std::uint64_t small_request_bytes = 16 * 1024;  // the latency of these is the path's
+constexpr std::uint64_t request_max = 0xFFFF'FFFF;
+constexpr std::uint64_t zeroes_max = 32ULL * 1024 * 1024;
+
+// base:allocation's flags (NBD protocol, "base:allocation metadata context").
+constexpr std::uint32_t state_hole = 1;
+constexpr std::uint32_t state_zero = 2;
+
+// A server that can't be asked for zeroes gets them as data.
+bool sends_zeroes(const mirror::TargetInfo& info, const mirror::DiskOp& op) {
+  return op.command == Command::zero && !info.can_zero;
+}
+
+// A readable area of zeroes that costs address space only: all of it is the kernel's zero page.
+const void* zeroes() {
+  static const void* const area = [] {
+    void* p = ::mmap(nullptr, zeroes_max, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    return p;
+  }();
+  return area;
+}
+
+}  // namespace
+
+std::string migration_context(const std::string& migration_id) {
+  return "x-nbdferry:migration=" + migration_id;
+}
+
+void Connection::Flight::start(Connection& owner, mirror::DiskOp&& operation,
+                               std::uint64_t number) {
+  connection = &owner;
+  op = std::move(operation);
+  sequence = number;
+  const bool sends = op.command == Command::write || sends_zeroes(owner.offer_.info, op);
+  sent_bytes = sends ? op.range.length() : 0;
+  cost = cost_per_op + sent_bytes + (op.command == Command::read ? op.range.length() : 0);
+  started = Clock::now();
+  error = 0;
+  busy = true;
+}
+
+Answer Connection::Flight::finish(IoError result) {
+  Answer a;
+  a.done.id = op.id;
+  a.done.error = result;
+  a.sequence = sequence;
+  if (result == IoError::none) {
+    a.done.data = std::move(buffer).freeze();
+    a.done.extents = std::move(extents);
+    a.sent_bytes = sent_bytes;
+    const bool data = op.command == Command::read || op.command == Command::write;
+    if (data && op.range.length() <= small_request_bytes) a.latency = Clock::now() - started;
+  }
+  buffer = {};
+  extents = {};
+  op.payload = {};
+  busy = false;
+  return a;
+}
+
+// --- sending
+// --------------------------------------------------------------------------------------
+
+namespace {
+
+// The server's extents, clamped to the range; equal neighbours become one.
+void add_extents(const ByteRange& range, const std::uint32_t* entries, std::size_t count,
+                 std::vector<Extent>& out) {
+  std::uint64_t room = range.length();
+  for (std::size_t i = 0; i + 1 < count && room > 0; i += 2) {
+    const std::uint64_t length = std::min<std::uint64_t>(entries[i], room);
+    const bool hole = (entries[i + 1] & state_hole) != 0;
+    const bool zero = (entries[i + 1] & state_zero) != 0;
+    room -= length;
+    if (!out.empty() && out.back().hole == hole && out.back().zero == zero) {
+      out.back().length += length;
+    } else if (length > 0) {
+      out.push_back({length, hole, zero});
+    }
+  }
+}
+
+}  // namespace
+
+// Returns libnbd's cookie, or -1: not sent, and the callback will not be called.
+std::int64_t Connection::issue(Flight& flight) {
+  const auto completion =
+      nbd_completion_callback{[](void* user, int* error) {
+                                auto* f = static_cast<Flight*>(user);
+                                f->error = *error;
+                                f->connection->completed_.push_back(f);
+                                return 1;  // retire the command: we keep the books
+                              },
+                              &flight, nullptr};
+  const auto& op = flight.op;
+  const std::uint64_t length = op.range.length();
+  NBDFERRY_ASSERT(length <= request_max, "a request's length has 32 bits");
+  const std::uint32_t fua = op.fua && offer_.info.can_fua ? LIBNBD_CMD_FLAG_FUA : 0;
+  switch (op.command) {
+    case Command::read:
+      flight.buffer = Buffer(length);
+      return nbd_aio_pread(handle_, flight.buffer.data(), length, op.range.begin, completion, 0);
+    case Command::write:
+      NBDFERRY_ASSERT(op.payload.size() == length, "a write's payload is as long as its range");
+      return nbd_aio_pwrite(handle_, op.payload.data(), length, op.range.begin, completion, fua);
+    case Command::zero: {
+      if (sends_zeroes(offer_.info, op)) {
+        NBDFERRY_ASSERT(length <= offer_.info.payload_max, "zeroes sent as data fit one request");
+        return nbd_aio_pwrite(handle_, zeroes(), length, op.range.begin, completion, fua);
+      }
+      const std::uint32_t no_hole = op.may_hole ? 0 : LIBNBD_CMD_FLAG_NO_HOLE;
+      const std::uint32_t fast = op.fast_only ? LIBNBD_CMD_FLAG_FAST_ZERO : 0;
+      return nbd_aio_zero(handle_, length, op.range.begin, completion, fua | no_hole | fast);
+    }
+    case Command::trim:
+      return nbd_aio_trim(handle_, length, op.range.begin, completion, fua);
+    case Command::flush:
+      return nbd_aio_flush(handle_, completion, 0);
+    case Command::block_status: {
+      const auto extent =
+          nbd_extent_callback{[](void* user, const char* context, std::uint64_t,
+                                 std::uint32_t* entries, std::size_t count, int*) {
+                                auto* f = static_cast<Flight*>(user);
+                                if (std::strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0) {
+                                  add_extents(f->op.range, entries, count, f->extents);
+                                }
+                                return 0;
+                              },
+                              &flight, nullptr};
+      return nbd_aio_block_status(handle_, length, op.range.begin, extent, completion, 0);
+    }
+    case Command::cache:
+      break;
+  }
+  NBDFERRY_ASSERT(false, "cache is answered without the server");
+  return -1;
+}
+
+}  // namespace nbdferry::transport

@@ -1,0 +1,31 @@
+// One operation on its way to the server and back, with all the memory that libnbd uses meanwhile.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "transport/connection.hpp"
+
+namespace nbdferry::transport {
+
+struct Connection::Flight {
+  Connection* connection = nullptr;  // for libnbd's callbacks
+  mirror::DiskOp op;
+  Buffer buffer;                // read: filled by libnbd
+  std::vector<Extent> extents;  // block status
+  std::uint64_t sequence = 0;
+  std::uint64_t cost = 0;
+  std::uint64_t sent_bytes = 0;
+  Clock::time_point started;
+  int error = 0;  // errno, once completed
+  bool busy = false;
+
+  void start(Connection& owner, mirror::DiskOp&& operation, std::uint64_t number);
+  // Ends it, and lets go of its memory.
+  Answer finish(IoError result);
+};
+
+// The private meta context that tells an --incoming nbdferry whose migration this is (rule 11).
+[[nodiscard]] std::string migration_context(const std::string& migration_id);
+
+}  // namespace nbdferry::transport

@@ -1,0 +1,25 @@
+// The address of a target: what an NBD URI says (NBD project, doc/uri.md), plain nbd and nbd+unix.
+//
+// Parsed here rather than in libnbd, because we make the sockets ourselves: libnbd would resolve
+// names on our thread, and gives no way to have a socket's options set before it is used.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace nbdferry::transport {
+
+struct Endpoint {
+  std::string uri;          // as given, for messages
+  std::string host;         // TCP: name or address, without brackets
+  std::string port;         // TCP: decimal
+  std::string socket_path;  // unix; empty for TCP
+  std::string export_name;  // decoded; "" is the default export
+
+  [[nodiscard]] bool is_unix() const { return !socket_path.empty(); }
+};
+
+// Throws std::invalid_argument: "URI: why: what to do".
+[[nodiscard]] Endpoint parse_uri(std::string_view uri);
+
+}  // namespace nbdferry::transport
