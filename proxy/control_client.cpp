@@ -101,9 +101,10 @@ std::string ControlClient::exchange(const char* method, std::string target, std:
                                         : "closed the connection before it answered"));
   }
   if (response.result() != http::status::ok) {
-    throw ControlError(fmt::format(
-        "{}: {}", what_,
-        text_field(response.body(), "error").value_or("the server's answer makes no sense")));
+    const std::string why =
+        text_field(response.body(), "error").value_or("the server's answer makes no sense");
+    // "cannot …: why" says itself what failed.
+    throw ControlError(why.starts_with("cannot ") ? why : fmt::format("{}: {}", what_, why));
   }
   return std::move(response.body());
 }

@@ -195,6 +195,8 @@ TEST_CASE("control: a refusal reaches the client with its reason") {
   ControlClient client(served.path, "switch");
   CHECK(error_of([&] { client.command(Verb::switch_pivot); }) ==
         "switch: not in sync: 3 MiB to go");
+  served.only().answer = {false, "cannot seal: not prepared"};
+  CHECK(error_of([&] { client.command(Verb::seal); }) == "cannot seal: not prepared");
   CHECK(has(raw_exchange(served.path, post_text("/pause", "{}")), "HTTP/1.1 409 "));
 }
 

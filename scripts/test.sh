@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds, and runs every test: first the unit tests and a short simulation
+# under the address and undefined behaviour sanitizers, then all of it as it ships (assertions are on
+# in every build).
+#
+# usage: scripts/test.sh [CTEST-OPTION...]   for example: scripts/test.sh -R interop
+set -euo pipefail
+# shellcheck source=scripts/deps.sh
+. "$(dirname "$0")/deps.sh"
+install_for build test
+
+echo "building with sanitizers"
+configure "$root/build-sanitize" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DNBDFERRY_SANITIZE=address,undefined
+sanitized=(unit_mirror unit_transport unit_proxy sim)
+ninja -C "$root/build-sanitize" -j2 --quiet "${sanitized[@]}"
+ctest --test-dir "$root/build-sanitize" --output-on-failure \
+  -R '^(unit\..*|sim\.histories|sim\.regressions)$' "$@"
+
+echo "building as it ships"
+configure "$root/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo
+ninja -C "$root/build" -j2 --quiet
+ctest --test-dir "$root/build" --output-on-failure "$@"
