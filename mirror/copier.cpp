@@ -177,23 +177,17 @@ void Copier::source_done(SourceDone&& event) {
                                [&](const Copy& c) { return c.source_op == event.id; });
   if (it == copies_.end()) return;  // of a migration that has ended
   Copy& c = *it;
-  const bool probing = c.state == State::probing;
-  c.state = State::sending;
-  const OpId id = c.id;
-  if (probing) {
+  // Until its pieces are made it counts as reading, so that nothing ends it early.
+  if (c.state == State::probing) {
     if (event.error != IoError::none) event.extents = {Extent{c.range.length(), false, false}};
     probe_answered(c, event.extents);
   } else if (event.error != IoError::none) {
     read_failed(c, event.error);
   } else {
-    if (!unreadable_.empty()) {
-      std::erase_if(unreadable_, [&](const auto& u) {
-        return c.range.contains({u.first, u.second.end});
-      });
-    }
     make_data_pieces(c, event.data);
   }
-  if (const auto again = find(id); again != copies_.end()) finish_if_done(again);
+  c.state = State::sending;
+  finish_if_done(it);
 }
 
 void Copier::read_failed(Copy& c, IoError error) {
@@ -267,12 +261,9 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
     hint_begin_ = hint_end_ = 0;
     cursor_ = std::min(cursor_, data[0].begin);
   }
-  const OpId id = c.id;
   for (const auto& d : data) m_.mark_stale(d, "a hole turned out to be data");
-  const auto it = find(id);
-  if (it == copies_.end()) return;
   for (const auto& h : holes) {
-    for (const auto& r : intersection(it->live, h)) zero_range(*it, r);
+    for (const auto& r : intersection(c.live, h)) zero_range(c, r);
   }
 }
 
@@ -399,7 +390,10 @@ void Copier::finish_if_done(Copies::iterator it) {
   const bool reading = c.state == State::reading || c.state == State::probing;
   if (reading || c.in_flight != 0 || !c.pieces.empty()) return;
   if (c.state == State::waiting && !c.live.empty()) return;
-  for (const auto& r : c.live) m_.map().set(r, BlockState::synced);
+  for (const auto& r : c.live) {
+    m_.map().set(r, BlockState::synced);
+    std::erase_if(unreadable_, [&](const auto& u) { return r.overlaps({u.first, u.second.end}); });
+  }
   cost_ -= c.cost;
   const OpId id = c.id;
   copies_.erase(it);

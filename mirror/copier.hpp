@@ -108,7 +108,7 @@ class Copier {
       0;  // longest copy of a hole; grows while the target proves to be zero
 
   std::optional<OpId> hint_op_;
-  std::uint64_t hint_from_ = 0;    // where the hint that is under way begins
+  std::uint64_t hint_from_ = 0;  // where the hint that is under way begins
   std::uint64_t hint_begin_ = 0;
   std::vector<Extent> hint_;
   std::uint64_t hint_end_ = 0;

@@ -34,7 +34,6 @@ struct GuestOp {
   // Progress.
   bool source_done = false;
   bool replied = false;
-  bool needs_flush = false;  // pivoted, FUA: written, and a flush is to follow
   IoError result = IoError::none;
   Payload data;                 // answer of a read
   std::vector<Extent> extents;  // answer of block_status

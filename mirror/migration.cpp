@@ -147,7 +147,6 @@ void Migration::end_guest_waits() {
     op.mirrored.clear();
     op.readbacks = 0;
     release_waiter(op);
-    context_.settle.push_back(op.id);
   });
   read_backs_.clear();
 }
@@ -229,7 +228,6 @@ void Migration::expire_sync_waits() {
     ++context_.counters.sync_timeouts;
     const Ranges blocks = op.mirrored;
     for (const auto& r : blocks) mark_stale(r, "a sync write timed out");
-    op.waits_for_target = false;
     release_waiter(op);
     switchover_.give_up("the target did not answer a sync write in time");
     if (mode_ == Mode::sync) {
@@ -320,7 +318,8 @@ void Migration::update_in_sync() {
       rate_.bytes_per_second() * std::chrono::duration<double>(options_.downtime_limit).count();
   // Twice as much ends it as began it: the phase does not flutter.
   const double limit = in_sync_ ? 2 * drain : drain;
-  in_sync_ = suspects_.empty() && (no_debt() || static_cast<double>(debt) <= limit);
+  const bool readable = options_.skip_unreadable || copier_.unreadable_bytes() == 0;
+  in_sync_ = readable && suspects_.empty() && (no_debt() || static_cast<double>(debt) <= limit);
 }
 
 Phase Migration::phase() const {

@@ -185,6 +185,7 @@ void Migration::read_back_done(SourceDone&& event) {
 
 void Migration::release_waiter(GuestOp& op) {
   op.waits_for_target = false;
+  context_.settle.push_back(op.id);
   if (op.pieces == 0) return;
   // Unsent pieces were discarded when their blocks became stale, or are about to be; those in
   // flight go on alone.
@@ -195,7 +196,6 @@ void Migration::release_waiter(GuestOp& op) {
   for (const auto& r : unsent) queue_.discard(r);
   op.pieces -= in_flight_.forget_waiter(op.id);
   NBDFERRY_ASSERT(op.pieces == 0, "a guest write's pieces are miscounted");
-  context_.settle.push_back(op.id);
 }
 
 }  // namespace nbdferry::mirror

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "mirror/assert.hpp"
 
@@ -22,12 +23,17 @@ void Pivoted::submit(GuestOp& op) {
     complete(op.id, IoError::io);
     return;
   }
+  Request request;
+  request.sent_until = op.range.begin;
+  if (op.command == Command::read) request.data = Buffer(op.range.length());
+  requests_.emplace(op.id, std::move(request));
   pending_.push_back(op.id);
 }
 
 void Pivoted::complete(OpId guest, IoError error) {
   GuestOp* op = guests_.find(guest);
   NBDFERRY_ASSERT(op != nullptr, "an answer to a guest request that is gone");
+  requests_.erase(guest);
   op->source_done = true;
   op->result = error;
   context_.settle.push_back(guest);
@@ -38,20 +44,19 @@ bool Pivoted::in_quarantine(ByteRange range) const {
                      [&](const Quarantine& q) { return q.range.overlaps(range); });
 }
 
-// False: not now. Then it stays pending.
+std::uint64_t Pivoted::piece_bytes(Command command) const {
+  if (command == Command::block_status) return std::numeric_limits<std::uint32_t>::max() & ~4095U;
+  const Limits& limits = context_.config.limits;
+  const bool zeroes = (command == Command::trim || command == Command::zero) && info_.can_zero;
+  const std::uint64_t align = std::max<std::uint64_t>(block_size_min, info_.block_min);
+  const std::uint64_t most = zeroes ? limits.zero_piece_bytes : info_.payload_max;
+  return std::max(align, most / align * align);
+}
+
+// True when all of it has been sent: it no longer is pending.
 bool Pivoted::try_submit(GuestOp& op) {
-  if (op.command == Command::flush || op.needs_flush) {
-    if (replay_failed_) {
-      // What the guest believes to be written could not be: this is where it must learn it.
-      replay_failed_ = false;
-      complete(op.id, IoError::io);
-      start_replay(true);
-      return true;
-    }
-    if (!in_flight_.has_room(0)) return false;
-    submit_flush(op.id);
-    return true;
-  }
+  Request& request = requests_.at(op.id);
+  if (op.command == Command::flush || request.wants_flush) return try_flush(op);
   if (op.command == Command::cache) {
     complete(op.id, IoError::none);
     return true;
@@ -60,22 +65,61 @@ bool Pivoted::try_submit(GuestOp& op) {
     complete(op.id, IoError::not_supported);
     return true;
   }
+  return try_pieces(op, request);
+}
+
+bool Pivoted::try_flush(GuestOp& op) {
+  if (replay_failed_) {
+    // What the guest believes to be written could not be: this is where it must learn it.
+    replay_failed_ = false;
+    complete(op.id, IoError::io);
+    start_replay(true);
+    return true;
+  }
+  if (!in_flight_.has_room(0)) return false;
+  submit_flush(op.id);
+  return true;
+}
+
+bool Pivoted::try_pieces(GuestOp& op, Request& request) {
+  if (request.again) {
+    if (request.in_flight != 0) return false;
+    request.again = false;
+    request.sent_until = op.range.begin;
+  }
   const bool writes = is_write(op.command);
-  if (writes && retained_bytes_ >= options_.buffer_bytes) return false;
-  const bool data =
-      op.command == Command::read || op.command == Command::write || (writes && !info_.can_zero);
-  const std::uint64_t bytes = data ? op.range.length() : 0;
-  if (in_flight_.conflict(op.range) || !in_flight_.has_room(bytes)) return false;
+  const std::uint64_t most = piece_bytes(op.command);
+  const std::uint64_t align = std::max<std::uint64_t>(block_size_min, info_.block_min);
+  while (request.sent_until < op.range.end) {
+    if (writes && retained_bytes_ >= options_.buffer_bytes) return false;
+    const std::uint64_t border = (request.sent_until + most) / align * align;
+    const ByteRange piece{request.sent_until, std::min(border, op.range.end)};
+    const bool data =
+        op.command == Command::read || op.command == Command::write || (writes && !info_.can_zero);
+    const bool room = in_flight_.has_room(data ? piece.length() : 0);
+    if (!room || in_flight_.conflict(piece)) return false;
+    submit_piece(op, request, piece);
+  }
+  return true;
+}
+
+void Pivoted::submit_piece(GuestOp& op, Request& request, ByteRange piece) {
   DiskOp disk;
   disk.id = context_.new_op(OpKind::guest);
   disk.command = op.command == Command::trim ? Command::zero : op.command;
-  disk.range = op.range;
-  disk.payload = op.payload;
+  disk.range = piece;
+  if (op.command == Command::write) {
+    disk.payload = op.payload.slice(piece.begin - op.range.begin, piece.length());
+  }
   disk.fua = op.fua && info_.can_fua;
   disk.may_hole = op.command == Command::trim || !op.no_hole;
-  in_flight_.add({disk.id, OpKind::guest, disk.command, disk.range, bytes, 0, std::nullopt, op.id});
+  const bool data = disk.command == Command::read || disk.command == Command::write ||
+                    (disk.command == Command::zero && !info_.can_zero);
+  in_flight_.add({disk.id, OpKind::guest, disk.command, piece, data ? piece.length() : 0, 0,
+                  std::nullopt, op.id});
+  ++request.in_flight;
+  request.sent_until = piece.end;
   context_.submit_target(std::move(disk));
-  return true;
 }
 
 void Pivoted::submit_flush(std::optional<OpId> guest) {
@@ -95,12 +139,8 @@ void Pivoted::pump() {
     return;
   }
   for (auto it = pending_.begin(); it != pending_.end() && serving();) {
-    GuestOp* op = guests_.find(*it);
-    if (op == nullptr || try_submit(*op)) {
-      it = pending_.erase(it);
-    } else {
-      ++it;
-    }
+    // try_submit() only ever completes or sends: it never changes pending_.
+    it = try_submit(*guests_.find(*it)) ? pending_.erase(it) : it + 1;
   }
   const bool much = retained_bytes_ >= options_.buffer_bytes / 2;
   if (serving() && much && !own_flush_ && in_flight_.has_room(0)) submit_flush(std::nullopt);
@@ -133,61 +173,70 @@ void Pivoted::target_done(TargetDone&& event) {
 void Pivoted::guest_done(const TargetOp& op, TargetDone&& event) {
   GuestOp* guest = guests_.find(op.parent);
   NBDFERRY_ASSERT(guest != nullptr, "a guest request ended before its answer");
+  Request& request = requests_.at(op.parent);
+  --request.in_flight;
   if (event.error == IoError::lost) {
-    // Overlapping writes never run together, so its place among the pending ones does not matter.
-    pending_.push_front(op.parent);
+    request.again = true;
+  } else if (event.error != IoError::none) {
+    request.error = event.error;
+  } else if (is_write(op.command)) {
+    retain(*guest, op.range);
+  } else if (op.command == Command::read) {
+    std::byte* to = request.data.data() + (op.range.begin - guest->range.begin);
+    std::memcpy(to, event.data.data(), op.range.length());
+    overlay(op.range, to);
+  } else {
+    guest->extents = std::move(event.extents);
+    if (in_quarantine(op.range)) guest->extents = {Extent{op.range.length(), false, false}};
+  }
+  if (request.in_flight != 0) return;
+  if (request.again) {
+    // It is pending still if not all of it had been sent. Overlapping writes never run together, so
+    // its place among the pending ones does not matter.
+    if (request.sent_until == guest->range.end) pending_.push_front(guest->id);
+    request.sent_until = guest->range.begin;
     return;
   }
-  if (event.error == IoError::none) {
-    if (is_write(op.command)) {
-      retain(*guest);
-      if (guest->fua && !info_.can_fua) {
-        guest->needs_flush = true;
-        pending_.push_front(guest->id);
-        return;
-      }
-    } else if (op.command == Command::read) {
-      overlay(*guest, std::move(event.data));
-    } else if (op.command == Command::block_status) {
-      guest->extents = std::move(event.extents);
-      if (in_quarantine(op.range)) guest->extents = {Extent{op.range.length(), false, false}};
-    }
+  if (request.sent_until != guest->range.end) return;
+  if (request.error == IoError::none && is_write(guest->command) && guest->fua && !info_.can_fua) {
+    request.wants_flush = true;
+    pending_.push_front(guest->id);
+    return;
   }
-  complete(op.parent, event.error);
+  guest->data = std::move(request.data).freeze();
+  complete(op.parent, request.error);
 }
 
 // A late write of a lost connection may stand on the target: what we retain is what was written.
-void Pivoted::overlay(GuestOp& op, Payload data) {
-  op.data = std::move(data);
-  if (!in_quarantine(op.range)) return;
-  Buffer merged(op.data.size());
-  std::memcpy(merged.data(), op.data.data(), op.data.size());
+void Pivoted::overlay(ByteRange range, std::byte* data) const {
+  if (!in_quarantine(range)) return;
   for (const auto& r : retained_) {
-    if (!r.range.overlaps(op.range)) continue;
-    const ByteRange part = r.range.intersect(op.range);
-    std::byte* to = merged.data() + (part.begin - op.range.begin);
+    if (!r.range.overlaps(range)) continue;
+    const ByteRange part = r.range.intersect(range);
+    std::byte* to = data + (part.begin - range.begin);
     if (r.command == Command::write) {
       std::memcpy(to, r.payload.data() + (part.begin - r.range.begin), part.length());
     } else {
       std::memset(to, 0, part.length());
     }
   }
-  op.data = std::move(merged).freeze();
 }
 
-void Pivoted::retain(const GuestOp& op) {
+void Pivoted::retain(const GuestOp& op, ByteRange piece) {
   if (!quarantines_.empty()) {
     // What is held back by a quarantine is at least held once only.
     std::erase_if(retained_, [&](const Retained& r) {
-      if (!op.range.contains(r.range) || r.replaying) return false;
+      if (!piece.contains(r.range) || r.replaying) return false;
       retained_bytes_ -= r.payload.size();
       return true;
     });
   }
   Retained r;
-  r.range = op.range;
+  r.range = piece;
   r.command = op.command == Command::write ? Command::write : Command::zero;
-  r.payload = op.payload;
+  if (op.command == Command::write) {
+    r.payload = op.payload.slice(piece.begin - op.range.begin, piece.length());
+  }
   r.may_hole = op.command == Command::trim || !op.no_hole;
   r.number = ++acknowledged_;
   // An older write of the same range may be about to be written again: then so must this one.
@@ -301,10 +350,7 @@ void Pivoted::replay_done(const TargetOp& op, IoError error) {
 }
 
 void Pivoted::fail_pending() {
-  for (const OpId id : pending_) {
-    if (guests_.find(id) != nullptr) complete(id, IoError::io);
-  }
-  pending_.clear();
+  for (const OpId id : std::exchange(pending_, {})) complete(id, IoError::io);
 }
 
 void Pivoted::tick() {

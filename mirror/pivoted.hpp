@@ -43,6 +43,15 @@ class Pivoted {
     std::uint64_t number = 0;  // order of acknowledgement
     bool replaying = false;    // to be written again
   };
+  // A guest request on its way, in pieces that the target takes.
+  struct Request {
+    std::uint64_t sent_until = 0;  // the next piece begins here
+    std::uint32_t in_flight = 0;
+    bool again = false;  // a piece was lost: all of it once more
+    IoError error = IoError::none;
+    Buffer data;               // read
+    bool wants_flush = false;  // FUA: written, and a flush is to follow
+  };
   struct Quarantine {
     ByteRange range;
     Time until{0};
@@ -51,11 +60,15 @@ class Pivoted {
   [[nodiscard]] bool serving() const { return link_up_ && replays_left_ == 0; }
   [[nodiscard]] bool in_quarantine(ByteRange range) const;
   [[nodiscard]] bool try_submit(GuestOp& op);
+  [[nodiscard]] bool try_flush(GuestOp& op);
+  [[nodiscard]] bool try_pieces(GuestOp& op, Request& request);
+  [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
+  void submit_piece(GuestOp& op, Request& request, ByteRange piece);
   void submit_flush(std::optional<OpId> guest);
   void complete(OpId guest, IoError error);
-  void retain(const GuestOp& op);
+  void retain(const GuestOp& op, ByteRange piece);
   void release(std::uint64_t up_to);
-  void overlay(GuestOp& op, Payload data);
+  void overlay(ByteRange range, std::byte* data) const;
   void guest_done(const TargetOp& op, TargetDone&& event);
   void flush_done(const TargetOp& op, IoError error);
   void replay_done(const TargetOp& op, IoError error);
@@ -73,7 +86,8 @@ class Pivoted {
   Time lost_at_{0};
   std::string last_error_;
   TargetOps in_flight_;
-  std::deque<OpId> pending_;      // guest requests that wait for the target, in order
+  std::deque<OpId> pending_;  // guest requests with something to send, in order
+  std::unordered_map<OpId, Request> requests_;
   std::list<Retained> retained_;  // in order of acknowledgement
   std::uint64_t retained_bytes_ = 0;
   std::uint64_t acknowledged_ = 0;  // number of the last retained write
