@@ -71,6 +71,22 @@ CLI::Option* add_choice(CLI::App& app, const std::string& name, const std::strin
 const std::map<std::string, mirror::Mode> modes{{"async", mirror::Mode::async},
                                                 {"sync", mirror::Mode::sync}};
 
+// "HOST:PORT", or "[ADDRESS]:PORT" for IPv6.
+ListenAddress parse_address(const std::string& text) {
+  const auto colon = text.rfind(':');
+  std::string host = text.substr(0, colon);
+  const bool bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
+  if (bracketed) host = host.substr(1, host.size() - 2);
+  const bool has_colon = host.find_first_of(":[]") != std::string::npos;
+  const std::string digits = colon == std::string::npos ? "" : text.substr(colon + 1);
+  const bool plain = digits.find_first_not_of("0123456789") == std::string::npos;
+  const auto port = plain ? parse_size(digits) : std::nullopt;
+  if (host.empty() || !port || *port > 65535 || has_colon != bracketed) {
+    throw CLI::ValidationError("--listen", fmt::format("\"{}\" is not HOST:PORT", text));
+  }
+  return {host, static_cast<std::uint16_t>(*port)};
+}
+
 // Every way to say nothing, serve, or one of the client's commands.
 struct Parsed {
   ServeCommand serve;
@@ -88,7 +104,12 @@ void define_serve(CLI::App& root, ServeCommand& serve) {
                  "Unix socket to listen on; repeatable (default: DISK.sock)")
       ->type_name("PATH")
       ->allow_extra_args(false);
-  app.add_option("--listen", serve.listens, "TCP address to listen on; repeatable")
+  app.add_option_function<std::vector<std::string>>(
+         "--listen",
+         [&serve](const std::vector<std::string>& addresses) {
+           for (const std::string& text : addresses) serve.listens.push_back(parse_address(text));
+         },
+         "TCP address to listen on; repeatable")
       ->type_name("HOST:PORT")
       ->allow_extra_args(false);
   app.add_option("--export", serve.disk.name, "Export name (default: the empty name)")

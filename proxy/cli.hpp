@@ -2,6 +2,7 @@
 // Carried out in cli_serve.cpp (serve) and cli_client.cpp (all else, through the control socket).
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <variant>
@@ -11,11 +12,17 @@
 
 namespace nbdferry::proxy {
 
+struct ListenAddress {
+  std::string host;
+  std::uint16_t port = 0;  // 0: any free one
+  friend bool operator==(const ListenAddress&, const ListenAddress&) = default;
+};
+
 struct ServeCommand {
   ExportOptions disk;
   std::vector<std::string> sockets;  // unix socket paths
-  std::vector<std::string> listens;  // HOST:PORT
-  std::string control;               // path of the control socket
+  std::vector<ListenAddress> listens;
+  std::string control;  // path of the control socket
 };
 
 struct MigrateCommand {

@@ -63,13 +63,15 @@ TEST_CASE("cli: serve's options") {
              "--read-only", "--direct", "--create", "3G", "--control", "c", "--incoming", "disk"});
   CHECK(full.disk.disk == "disk");
   CHECK(full.sockets == Args{"a", "b"});
-  CHECK(full.listens == Args{"0.0.0.0:1"});
+  CHECK(full.listens == std::vector<ListenAddress>{{"0.0.0.0", 1}});
   CHECK(full.control == "c");
   CHECK(full.disk.name == "vm");
   CHECK(full.disk.read_only);
   CHECK(full.disk.direct);
   CHECK(full.disk.incoming);
   CHECK(full.disk.create_size == 3ULL << 30);
+  CHECK(serve({"--listen", "[::1]:0", "--listen", "localhost:65535", "disk"}).listens ==
+        std::vector<ListenAddress>{{"::1", 0}, {"localhost", 65535}});
   // An address alone: no socket beside the disk.
   CHECK(serve({"--listen", "h:1", "disk"}).sockets.empty());
 }
@@ -167,6 +169,10 @@ TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong
   wrong({"serve", "--fast", "disk"}, "--fast");
   wrong({"serve", "--create", "1X", "disk"}, "1X");
   wrong({"serve", "--tls", "on", "disk"}, "--tls");
+  for (const char* address :
+       {"h", ":1", "h:", "h:65536", "h:x", "::1:5", "[]:1", "[h]:1", "h:1K"}) {
+    wrong({"serve", "--listen", address, "disk"}, "not HOST:PORT");
+  }
   wrong({"migrate", "nbd://h"}, "--control");
   wrong({"migrate", "--control", "c"}, "URI");
   wrong({"migrate", "--control", "c", "nbd://a", "nbd://b"}, "several paths");
