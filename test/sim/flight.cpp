@@ -41,11 +41,11 @@ void Flight::progress(DiskImage& image, Prng& prng) {
   touch_some(image, prng.chance(1, 3) ? ~std::uint64_t{0} : 0, prng);
 }
 
-void Flight::finish(DiskImage& image, Prng& prng) {
+void Flight::finish(DiskImage& image, bool forgetful, Prng& prng) {
   if (op_.command == Command::flush) {
     if (error_ == IoError::none) {
       image.end_flush(covered_);
-    } else {
+    } else if (forgetful) {
       image.fail_flush(covered_, prng);
     }
   }

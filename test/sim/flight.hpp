@@ -24,8 +24,9 @@ class Flight {
 
   // Some of the units that are left, by chance.
   void progress(DiskImage& image, Prng& prng);
-  // The rest of it, as far as its end allows.
-  void finish(DiskImage& image, Prng& prng);
+  // The rest of it, as far as its end allows. `forgetful`: a flush that fails leaves units that no
+  // later flush will write.
+  void finish(DiskImage& image, bool forgetful, Prng& prng);
   // Overrides how it ends: a read of an unreadable sector.
   void fail(IoError error) { error_ = error; }
   // The units that were not done, each or not, as a server does that lost its client. Returns
@@ -43,7 +44,6 @@ class Flight {
 
   unsigned connection = 0;  // target only
   bool doomed = false;      // target only: its connection is lost, it can only be answered as lost
-  bool sent = true;         // target only: false when it was submitted to a connection lost before
 
  private:
   void touch(DiskImage& image, std::uint64_t unit);

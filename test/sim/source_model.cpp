@@ -69,7 +69,7 @@ mirror::SourceDone SourceModel::complete() {
   for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u) {
     if (op.command == Command::read && unreadable_[u]) f.fail(IoError::io);
   }
-  f.finish(image, prng_);
+  f.finish(image, false, prng_);  // the guest learns of a failed flush: it is the guest's to act
 
   mirror::SourceDone done{op.id, f.error(), f.changed(), {}, {}};
   for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u) {

@@ -40,15 +40,16 @@ void TargetModel::open(bool another) {
 
 void TargetModel::close(Time now) {
   require(link_ != Link::closed && link_ != Link::closing, "target: closed while it is closed");
-  if (link_ == Link::up) lose_all(now);
+  if (link_ == Link::up) down_since_ = now;
   link_ = Link::closing;
+  living_ = 0;
   for (auto& f : flights_) f.doomed = true;
 }
 
 void TargetModel::check(const mirror::DiskOp& op) const {
   const auto& info = setup_.target;
-  require(link_ == Link::up || link_ == Link::dying, "target: {} while it is not up", describe(op));
-  require(flights_.size() < living_ * setup_.window_ops || link_ == Link::dying,
+  require(link_ == Link::up, "target: {} while it is not up", describe(op));
+  require(flights_.size() < living_ * setup_.window_ops,
           "target: {} beyond the window's {} operations", describe(op),
           living_ * setup_.window_ops);
   if (op.fua) require(info.can_fua, "target: {} asks for FUA, which is not offered", describe(op));
@@ -63,7 +64,7 @@ void TargetModel::check(const mirror::DiskOp& op) const {
           describe(op), info.block_min);
   const std::uint64_t cost = window_cost(op);
   require(cost <= info.payload_max, "target: {} is longer than {}", describe(op), info.payload_max);
-  require(cost == 0 || bytes_in_flight_ == 0 || link_ == Link::dying ||
+  require(cost == 0 || bytes_in_flight_ == 0 ||
               bytes_in_flight_ + cost <= living_ * setup_.window_bytes,
           "target: {} beyond the window's {} bytes ({} in flight)", describe(op),
           living_ * setup_.window_bytes, bytes_in_flight_);
@@ -78,9 +79,6 @@ void TargetModel::check(const mirror::DiskOp& op) const {
     const std::uint64_t limit =
         info.can_zero ? setup_.engine.limits.zero_piece_bytes : std::uint64_t{info.payload_max};
     require(op.range.length() <= limit, "target: {} is longer than {}", describe(op), limit);
-  }
-  if (op.command == Command::block_status) {
-    require(info.has_allocation, "target: block status is not offered");
   }
   const std::uint64_t align = std::max<std::uint64_t>(info.block_min, block_size_min);
   for (const auto& f : flights_) {
@@ -99,9 +97,7 @@ void TargetModel::submit(mirror::DiskOp&& op) {
   }
   bytes_in_flight_ += window_cost(op);
   Flight& f = flights_.emplace_back(std::move(op), error, inert, image);
-  f.connection = static_cast<unsigned>(prng_.below(std::max(1U, living_)));
-  f.doomed = link_ != Link::up;
-  f.sent = link_ == Link::up;
+  f.connection = static_cast<unsigned>(prng_.below(living_));
 }
 
 // --- what happens to it
@@ -138,7 +134,7 @@ void TargetModel::written(ByteRange range) {
 }
 
 void TargetModel::make_zombie(Flight&& flight, Time now) {
-  if (!flight.writes() || !flight.sent || prng_.chance(1, 4)) return;
+  if (!flight.writes() || prng_.chance(1, 4)) return;
   // Before the quarantine ends: anywhere, at once, or at the last moment.
   const auto span = static_cast<std::uint64_t>(setup_.quarantine.count());
   const std::uint64_t after = prng_.chance(1, 4)   ? span - 1
@@ -160,23 +156,28 @@ mirror::TargetDone TargetModel::answer(Time now) {
     make_zombie(std::move(f), now);
     return {id, IoError::lost, {}, {}};
   }
-  f.finish(image, prng_);
+  f.finish(image, true, prng_);
   mirror::TargetDone done{f.op().id, f.error(), {}, {}};
   if (f.error() != IoError::none) return done;
   if (f.writes()) written(f.op().range);
   if (f.op().command == Command::read) done.data = f.take_data();
   if (f.op().command == Command::block_status) {
-    f.make_extents(image, setup_.target.block_min, true, prng_);
-    done.extents = std::move(f.extents());
+    if (setup_.target.has_allocation) {
+      f.make_extents(image, setup_.target.block_min, true, prng_);
+      done.extents = std::move(f.extents());
+    } else {
+      done.extents = {Extent{f.op().range.length(), false, false}};  // transport/ says so itself
+    }
   }
   return done;
 }
 
-void TargetModel::lose_all(Time now) {
+mirror::TargetWindow TargetModel::lose_all(Time now) {
   link_ = Link::dying;
   living_ = 0;
   down_since_ = now;
   for (auto& f : flights_) f.doomed = true;
+  return window();
 }
 
 mirror::TargetLost TargetModel::go_down() {

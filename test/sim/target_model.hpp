@@ -46,7 +46,9 @@ class TargetModel {
   [[nodiscard]] mirror::TargetWindow lose_connection();
   [[nodiscard]] bool can_regain_connection() const { return up() && living_ < setup_.connections; }
   [[nodiscard]] mirror::TargetWindow regain_connection();
-  void lose_all(Time now);
+  // All of them at once: the window is zero from now on, then what is in flight is answered as
+  // lost.
+  [[nodiscard]] mirror::TargetWindow lose_all(Time now);
   void progress();
   void write_back();
   void corrupt();

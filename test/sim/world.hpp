@@ -45,7 +45,7 @@ class World {
   void answer_target();
   void come_up() { apply(target_.come_up()); }
   void write_record(bool ok);
-  void lose_target() { target_.lose_all(now_); }
+  void lose_target() { apply(target_.lose_all(now_)); }
   void heal();
 
   // --- looking at it
