@@ -16,12 +16,16 @@ namespace nbdferry::proxy {
 namespace {
 
 constexpr unsigned ring_depth = 256;
-constexpr std::uint64_t inline_bytes_max = 256 * 1024;  // longer ones would hold up the loop
+// Longer writes hold up the loop for nothing: a worker copies them as fast. (Reads are different:
+// what the page cache holds, the ring would copy within its submission, too.)
+constexpr std::uint64_t inline_write_bytes_max = 256 * 1024;
 constexpr std::uint64_t zero_piece_bytes = 1024 * 1024;
 constexpr std::size_t extents_max = 1024;  // per answer
 constexpr std::uint32_t page_bytes = 4096;
 
 constexpr auto slow_write = std::chrono::milliseconds(2);
+constexpr auto very_slow_write = std::chrono::milliseconds(50);
+constexpr unsigned quick_between_slow = 64;  // fewer quick ones between two slow ones: it is bad
 constexpr auto pause_min = std::chrono::milliseconds(20);
 constexpr auto pause_max = std::chrono::seconds(10);
 
@@ -62,7 +66,12 @@ int map_extents(int fd, ByteRange range, std::vector<Extent>& extents) {
 // --------------------------------------------------------------------------------
 
 void InlineGate::ran(Clock::time_point begin, Clock::time_point end) {
-  if (end - begin < slow_write) return;
+  if (end - begin < slow_write) {
+    ++quick_in_a_row_;
+    return;
+  }
+  const bool alone = std::exchange(quick_in_a_row_, 0) >= quick_between_slow;
+  if (alone && end - begin < very_slow_write) return;
   const bool quiet_before = begin - closed_until_ > 2 * pause_;
   pause_ =
       quiet_before ? Clock::duration(pause_min) : std::min<Clock::duration>(2 * pause_, pause_max);
@@ -174,7 +183,7 @@ bool LocalDisk::answer_at_once(const mirror::DiskOp& op, mirror::SourceDone& don
 bool LocalDisk::read_inline(const mirror::DiskOp& op, Buffer& buffer, std::uint64_t& progress,
                             mirror::SourceDone& done) const {
   const auto length = op.range.length();
-  if (disk_.direct_fd || length > inline_bytes_max) return false;
+  if (disk_.direct_fd) return false;
   if (!disk_.in_memory && !disk_.reads_nowait) return false;
   const iovec v{buffer.data(), length};
   const ssize_t n = ::preadv2(disk_.fd.get(), &v, 1, static_cast<off_t>(op.range.begin),
@@ -192,7 +201,7 @@ bool LocalDisk::read_inline(const mirror::DiskOp& op, Buffer& buffer, std::uint6
 bool LocalDisk::write_inline(const mirror::DiskOp& op, std::uint64_t& progress,
                              mirror::SourceDone& done) {
   const auto length = op.range.length();
-  if (disk_.direct_fd || !disk_.writes_inline || length > inline_bytes_max) return false;
+  if (disk_.direct_fd || !disk_.writes_inline || length > inline_write_bytes_max) return false;
   if (op.fua && !disk_.in_memory) return false;
   const iovec v{const_cast<std::byte*>(op.payload.data()), length};
   const auto offset = static_cast<off_t>(op.range.begin);
@@ -219,8 +228,12 @@ bool LocalDisk::write_inline(const mirror::DiskOp& op, std::uint64_t& progress,
 
 std::optional<LocalDisk::Step> LocalDisk::zeroing_step(const mirror::DiskOp& op) const {
   const bool trim = op.command == Command::trim;
-  // A device makes zeroes of whole blocks only; a file of anything (logical_block is 1).
-  const bool whole_blocks = op.range == op.range.widened(disk_.logical_block);
+  // A file can be zeroed anywhere, a device in whole blocks; and where a refusal must leave no
+  // trace, in whole pages, because the kernel has zeroed a page's part in its cache by then.
+  const auto unit = !disk_.block_device    ? 1
+                    : trim || op.fast_only ? std::max(page_bytes, disk_.logical_block)
+                                           : disk_.logical_block;
+  const bool whole_blocks = op.range == op.range.widened(unit);
   if (disk_.can_punch && whole_blocks && (trim || op.may_hole)) {
     return disk_.block_device ? Step::write_back : Step::punch;
   }

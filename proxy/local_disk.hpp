@@ -37,8 +37,9 @@
 namespace nbdferry::proxy {
 
 // Says whether a write may run on the loop. The kernel can't promise not to wait (journal, dirty
-// throttling, read-modify-write), so after a slow one writes use the ring for a while, each time
-// twice as long as long as it stays bad.
+// throttling, read-modify-write). One slow write may be nothing but a busy processor; two close
+// together, or a very slow one, send writes to the ring for a while, each time for twice as long as
+// long as it stays bad.
 class InlineGate {
  public:
   using Clock = std::chrono::steady_clock;
@@ -48,6 +49,7 @@ class InlineGate {
  private:
   Clock::time_point closed_until_{};
   Clock::duration pause_{};
+  unsigned quick_in_a_row_ = 0;
 };
 
 class LocalDisk {

@@ -170,6 +170,68 @@ TEST_CASE("zeroes: allocated if asked for, quick or refused") {
   CHECK(allocated() == 0);
 }
 
+TEST_CASE("a TRIM that the device refuses changes nothing, unwritten data included") {
+  // A loop device over tmpfs offers to make zeroes, and withdraws it at the first request to do so
+  // without a hole. The kernel drops the dirty pages of the range before it finds out.
+  const TempDir dir("/dev/shm");
+  make_file(dir / "file", mib);
+  const auto loop = LoopDevice::attach(dir / "file");
+  if (!loop) return;
+  DrivenDisk driven({.path = loop->path()});
+  CHECK(driven.write(0, std::string(8192, 'a')).error == IoError::none);
+  CHECK(driven.flush().error == IoError::none);
+  auto zero = make_op(Command::zero, 65536, 69632);
+  zero.may_hole = false;
+  CHECK(driven.run(std::move(zero)).error == IoError::none);
+  CHECK(driven.write(0, std::string(8192, 'b')).error == IoError::none);
+  const auto trimmed = driven.trim(0, 8192);
+  CHECK(trimmed.error == IoError::none);
+  CHECK_FALSE(driven.trim(12288, 12800).changed);  // part of a page: not even tried
+  CHECK(text(driven.read(0, 8192)) == std::string(8192, trimmed.changed ? '\0' : 'b'));
+  CHECK(driven.flush().error == IoError::none);
+  CHECK(text(driven.read(0, 8192)) == std::string(8192, trimmed.changed ? '\0' : 'b'));
+}
+
+TEST_CASE("what was flushed or written with FUA survives a power failure") {
+  for (const std::string type : {"ext4", "xfs", "btrfs"}) {
+    const auto fs = MountedFs::make(type, 320 * mib);
+    if (!fs) continue;
+    for (const bool direct : {false, true}) {
+      CAPTURE(type);
+      CAPTURE(direct);
+      const std::string name = direct ? "direct" : "buffered";
+      make_file(*fs / name, 4 * mib);
+      DrivenDisk driven({.path = *fs / name, .direct = direct});
+      const auto survivor = [&] {
+        const auto later = fs->after_power_failure();
+        return later ? file_contents(*later / name) : std::string();
+      };
+      CHECK(driven.write(0, std::string(mib, 'a')).error == IoError::none);
+      CHECK(driven.write(mib + 5, std::string(5000, 'b')).error == IoError::none);
+      CHECK(driven.flush().error == IoError::none);
+      std::string expected(4 * mib, '\0');
+      expected.replace(0, mib, mib, 'a');
+      expected.replace(mib + 5, 5000, 5000, 'b');
+      CHECK(survivor() == expected);
+      // Each sort of write alone, without a flush after it.
+      CHECK(driven.write(2 * mib, std::string(4096, 'c'), true).error == IoError::none);
+      expected.replace(2 * mib, 4096, 4096, 'c');
+      CHECK(survivor() == expected);
+      auto trim = make_op(Command::trim, 4096, 65536);
+      trim.fua = true;
+      CHECK(driven.run(std::move(trim)).changed);
+      expected.replace(4096, 61440, 61440, '\0');
+      CHECK(survivor() == expected);
+      auto zero = make_op(Command::zero, 131072, 135268);
+      zero.fua = true;
+      zero.may_hole = false;
+      CHECK(driven.run(std::move(zero)).error == IoError::none);
+      expected.replace(131072, 4196, 4196, '\0');
+      CHECK(survivor() == expected);
+    }
+  }
+}
+
 TEST_CASE("a destroyed disk waits for the kernel and answers nothing more") {
   const TempDir dir;
   make_file(dir / "disk", 64 * mib);
@@ -204,19 +266,27 @@ TEST_CASE("an idle disk doesn't keep the loop running") {
   CHECK(driven.disk->in_flight() == 0);
 }
 
-TEST_CASE("after a slow inline write the ring is used for a while, longer if it repeats") {
+TEST_CASE("after slow inline writes the ring is used for a while, longer if it repeats") {
   using Clock = InlineGate::Clock;
   InlineGate gate;
-  const auto start = Clock::now();
-  CHECK(gate.is_open(start));
-  gate.ran(start, start + milliseconds(1));
-  CHECK(gate.is_open(start + milliseconds(1)));
+  auto now = Clock::now();
+  const auto write = [&](milliseconds took) {
+    gate.ran(now, now + took);
+    now += took;
+  };
+  const auto quick = [&] {
+    for (int i = 0; i < 100; ++i) write(milliseconds(0));
+  };
+  quick();
+  write(milliseconds(3));  // once may be the processor
+  CHECK(gate.is_open(now));
+  quick();
+  write(milliseconds(3));
+  CHECK(gate.is_open(now));
 
-  auto now = start + milliseconds(10);
   std::vector<Clock::duration> closed;
   for (int i = 0; i < 12; ++i) {
-    gate.ran(now, now + milliseconds(3));
-    now += milliseconds(3);
+    write(milliseconds(3));
     const auto from = now;
     while (!gate.is_open(now)) now += milliseconds(1);
     closed.push_back(now - from);
@@ -224,9 +294,12 @@ TEST_CASE("after a slow inline write the ring is used for a while, longer if it 
   CHECK(closed.front() == milliseconds(20));
   CHECK(closed[1] == milliseconds(40));
   CHECK(closed.back() == milliseconds(10000));
+
   now += milliseconds(30000);  // long quiet: begins small again
-  gate.ran(now, now + milliseconds(3));
-  CHECK(gate.is_open(now + milliseconds(24)));
+  quick();
+  write(milliseconds(60));  // no processor is busy for that long
+  CHECK_FALSE(gate.is_open(now + milliseconds(19)));
+  CHECK(gate.is_open(now + milliseconds(20)));
 }
 
 }  // namespace nbdferry::proxy::test

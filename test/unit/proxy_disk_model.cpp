@@ -231,7 +231,7 @@ TEST_CASE("the disk behaves like its twin on a block device") {
       if (!loop) return;
       CAPTURE(parent);
       const auto counts = check_backend(loop->path(), direct);
-      CHECK(counts.trims_ignored > 0);   // those within a sector
+      CHECK(counts.trims_ignored > 0);   // those of less than a page
       CHECK(counts.zeroes_refused > 0);  // fast zeroes that must not make holes
       // On tmpfs the first zeroing without a hole makes the loop driver forget that it can punch:
       // a device that refuses what it offered, which must cost nothing but the trims.
