@@ -145,6 +145,7 @@ bool BlockMap::all(ByteRange range, BlockState state) const {
 }
 
 std::optional<ByteRange> BlockMap::next_stale(std::uint64_t from, std::uint64_t length_max) const {
+  if (from >= size_) return std::nullopt;
   for (std::uint64_t at = from / block_size_min * block_size_min; at < size_;) {
     const std::uint64_t chunk = at / chunk_size;
     const std::uint64_t group = chunk / group_chunks;

@@ -65,6 +65,11 @@ bool Pivoted::try_submit(GuestOp& op) {
     complete(op.id, IoError::not_supported);
     return true;
   }
+  if (op.command == Command::block_status && !info_.has_allocation) {
+    op.extents = {Extent{op.range.length(), false, false}};
+    complete(op.id, IoError::none);
+    return true;
+  }
   return try_pieces(op, request);
 }
 

@@ -71,10 +71,14 @@ void Verifier::again(Job job) {
   retry_at_ = m_.context().now + retry_pause;
 }
 
+std::uint64_t Verifier::comparison_bytes() const {
+  return std::min(m_.context().config.limits.verify_bytes, m_.piece_bytes(Command::read));
+}
+
 std::optional<Verifier::Job> Verifier::next_job() {
   const std::uint64_t size = m_.map().size();
   if (cursor_ < size) {
-    const std::uint64_t end = std::min(size, cursor_ + m_.context().config.limits.verify_bytes);
+    const std::uint64_t end = std::min(size, cursor_ + comparison_bytes());
     Job job{{cursor_, end}, 0};
     cursor_ = end;
     return job;
@@ -87,8 +91,7 @@ std::optional<Verifier::Job> Verifier::next_job() {
 
 bool Verifier::start_one() {
   if (!running() || m_.holds_writes() || comparisons_.size() >= comparisons_max) return false;
-  const std::uint64_t bytes = m_.context().config.limits.verify_bytes;
-  if (!m_.in_flight().has_room(bytes)) return false;
+  if (!m_.in_flight().has_room(comparison_bytes())) return false;
   const auto job = next_job();
   if (!job) return false;
   if (!quiet(job->range)) {

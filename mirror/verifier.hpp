@@ -53,6 +53,7 @@ class Verifier {
     Payload target;
   };
 
+  [[nodiscard]] std::uint64_t comparison_bytes() const;
   [[nodiscard]] std::optional<Job> next_job();
   [[nodiscard]] bool quiet(ByteRange range);
   void again(Job job);
