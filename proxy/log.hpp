@@ -1,0 +1,19 @@
+// Log lines: one line to standard error, `nbdferry: …`.
+#pragma once
+
+#include <string_view>
+#include <utility>
+
+#include <fmt/format.h>
+
+namespace nbdferry::proxy {
+
+// Control characters are replaced, so that nothing a peer sends can forge a line.
+void log_line(std::string_view text);
+
+template <typename... Args>
+void log(fmt::format_string<Args...> format, Args&&... args) {
+  log_line(fmt::format(format, std::forward<Args>(args)...));
+}
+
+}  // namespace nbdferry::proxy
