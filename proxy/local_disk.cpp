@@ -18,8 +18,8 @@ namespace {
 constexpr unsigned ring_depth = 256;
 // Longer writes hold up the loop for nothing: a worker copies them as fast. (Reads are different:
 // what the page cache holds, the ring would copy within its submission, too.)
-constexpr std::uint64_t inline_write_bytes_max = 256 * 1024;
-constexpr std::uint64_t zero_piece_bytes = 1024 * 1024;
+constexpr std::uint64_t inline_write_bytes_max = 256ULL * 1024;
+constexpr std::uint64_t zero_piece_bytes = 1024ULL * 1024;
 constexpr std::size_t extents_max = 1024;  // per answer
 constexpr std::uint32_t page_bytes = 4096;
 
