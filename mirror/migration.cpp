@@ -299,7 +299,7 @@ std::uint64_t Migration::stale_bytes() const {
 
 bool Migration::no_debt() const {
   if (!map_ || stale_bytes() != 0 || map_->armed_bytes() != 0) return false;
-  if (queue_.acknowledged() != 0 || in_flight_.acknowledged() != 0) return false;
+  if (queue_.debts() != 0 || in_flight_.debts() != 0) return false;
   for (const auto& [id, rb] : read_backs_) {
     const GuestOp* op = guests_.find(rb.guest);
     if (op != nullptr && op->replied) return false;

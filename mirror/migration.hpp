@@ -128,6 +128,7 @@ class Migration {
 
   void enqueue(GuestOp& op, bool early);
   void enqueue_part(GuestOp& op, ByteRange part);
+  [[nodiscard]] bool full(const MirrorEntry& entry) const;
   void push_piece(GuestOp& op, MirrorEntry entry);
   void read_back(GuestOp& op, ByteRange block);
   void read_back_done(SourceDone&& event);

@@ -3,6 +3,13 @@
 
 namespace nbdferry::mirror {
 
+namespace {
+
+constexpr std::size_t entries_min = 16;
+constexpr std::size_t bytes_per_entry = 1024;
+
+}  // namespace
+
 ByteRange Migration::blocks_of(ByteRange range) const {
   ByteRange r = range.widened(block_size());
   r.end = std::min(r.end, context_.config.size);
@@ -118,6 +125,13 @@ void Migration::enqueue_part(GuestOp& op, ByteRange part) {
   }
 }
 
+// Bytes exactly; entries, too, so that many tiny ones don't take more memory than their data.
+bool Migration::full(const MirrorEntry& entry) const {
+  const std::uint64_t held = queue_.bytes() + in_flight_.buffer_bytes();
+  return held + MirrorQueue::cost(entry) > options_.buffer_bytes ||
+         queue_.size() >= entries_min + options_.buffer_bytes / bytes_per_entry;
+}
+
 void Migration::push_piece(GuestOp& op, MirrorEntry entry) {
   // An earlier piece's overflow may have made this block stale, a large chunk at a time.
   Ranges wanted;
@@ -133,8 +147,7 @@ void Migration::push_piece(GuestOp& op, MirrorEntry entry) {
     }
     return;
   }
-  const std::uint64_t held = queue_.bytes() + in_flight_.buffer_bytes();
-  if (!op.waits_for_target && held + MirrorQueue::cost(entry) > options_.buffer_bytes) {
+  if (!op.waits_for_target && full(entry)) {
     if (map_->armed_bytes() > 0) ++context_.counters.overflow_during_copy;
     mark_stale(blocks_of(entry.range), "the buffer is full");
     return;

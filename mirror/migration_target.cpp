@@ -62,9 +62,15 @@ bool Migration::dispatch_mirrored() {
     op.range = entry.range;
     op.payload = entry.payload;
     op.may_hole = entry.may_hole;
-    TargetOp record{op.id, OpKind::mirrored,         op.command,   op.range,
-                    bytes, MirrorQueue::cost(entry), entry.waiter, {}};
-    in_flight_.add(std::move(record));
+    in_flight_.add({op.id,
+                    OpKind::mirrored,
+                    op.command,
+                    op.range,
+                    bytes,
+                    MirrorQueue::cost(entry),
+                    entry.waiter,
+                    entry.debt,
+                    {}});
     map_->set_flag(op.range, ChunkFlag::written);
     context_.submit_target(std::move(op));
     copy_credit_ = std::min(copy_credit_max, copy_credit_ + bytes / mirrored_per_copied);
@@ -89,7 +95,8 @@ bool Migration::dispatch_copy() {
   op.command = piece.command;
   op.range = piece.range;
   op.payload = std::move(piece.payload);
-  in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, piece.copy});
+  in_flight_.add(
+      {op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false, piece.copy});
   if (is_write(op.command)) map_->set_flag(op.range, ChunkFlag::written);
   context_.submit_target(std::move(op));
   copy_credit_ -= std::min(copy_credit_, bytes);
@@ -105,7 +112,7 @@ std::optional<OpId> Migration::flush_target() {
   op.command = Command::flush;
   flush_op_ = op.id;
   unflushed_.begin();  // what is acknowledged from now on is not covered
-  in_flight_.add({op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, {}});
+  in_flight_.add({op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, false, {}});
   const OpId id = op.id;
   context_.submit_target(std::move(op));
   return id;

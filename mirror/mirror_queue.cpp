@@ -22,10 +22,6 @@ MirrorEntry part_of(const MirrorEntry& e, ByteRange part) {
 
 }  // namespace
 
-std::uint64_t MirrorQueue::cost(const MirrorEntry& e) {
-  return e.command == Command::write ? std::max(entry_overhead, e.range.length()) : entry_overhead;
-}
-
 MirrorQueue::Entries::const_iterator MirrorQueue::first_overlap(ByteRange range) const {
   auto it = entries_.upper_bound(range.begin);
   if (it != entries_.begin()) {
@@ -37,7 +33,7 @@ MirrorQueue::Entries::const_iterator MirrorQueue::first_overlap(ByteRange range)
 
 void MirrorQueue::insert(MirrorEntry entry, std::optional<OpId> parked_behind) {
   bytes_ += cost(entry);
-  if (!entry.waiter) ++acknowledged_;
+  if (entry.debt) ++debts_;
   if (parked_behind) {
     parked_.emplace(*parked_behind, entry.range.begin);
   } else {
@@ -50,7 +46,7 @@ void MirrorQueue::insert(MirrorEntry entry, std::optional<OpId> parked_behind) {
 MirrorEntry MirrorQueue::remove(Entries::iterator it) {
   MirrorEntry entry = std::move(it->second.entry);
   bytes_ -= cost(entry);
-  if (!entry.waiter) --acknowledged_;
+  if (entry.debt) --debts_;
   if (it->second.parked_behind) {
     const auto [first, last] = parked_.equal_range(*it->second.parked_behind);
     for (auto p = first; p != last; ++p) {
@@ -84,6 +80,7 @@ MirrorQueue::Entries::iterator MirrorQueue::cut(Entries::iterator it, ByteRange 
 bool MirrorQueue::push(MirrorEntry entry) {
   NBDFERRY_ASSERT(!entry.range.empty(), "an empty mirrored write");
   entry.position = next_position_++;
+  entry.debt = !entry.waiter;
   bool superseded = false;
   for (auto it = first_overlap(entry.range); it != entries_.end() && it->first < entry.range.end;) {
     const auto& old = it->second.entry;
@@ -91,6 +88,7 @@ bool MirrorQueue::push(MirrorEntry entry) {
     entry.position = std::min(entry.position, old.position);
     superseded_bytes_ += old.range.intersect(entry.range).length();
     superseded = true;
+    entry.debt = true;  // until it is answered, the target lacks what was acknowledged before
     it = cut(entries_.find(it->first), entry.range);
   }
   insert(std::move(entry), std::nullopt);
@@ -142,7 +140,7 @@ std::vector<ByteRange> MirrorQueue::beyond(std::uint64_t keep) const {
 
 void MirrorQueue::check_invariants() const {
   std::uint64_t bytes = 0;
-  std::size_t acknowledged = 0;
+  std::size_t debts = 0;
   std::size_t ready = 0;
   std::uint64_t end = 0;
   for (const auto& [begin, node] : entries_) {
@@ -152,13 +150,13 @@ void MirrorQueue::check_invariants() const {
                     "a payload of another length than its range");
     end = e.range.end;
     bytes += cost(e);
-    if (!e.waiter) ++acknowledged;
+    if (e.debt) ++debts;
     if (!node.parked_behind) {
       ++ready;
       NBDFERRY_ASSERT(ready_.contains(key_of(e)), "a ready entry that is not listed");
     }
   }
-  NBDFERRY_ASSERT(bytes == bytes_ && acknowledged == acknowledged_, "queue sums are wrong");
+  NBDFERRY_ASSERT(bytes == bytes_ && debts == debts_, "queue sums are wrong");
   NBDFERRY_ASSERT(ready == ready_.size() && parked_.size() + ready == entries_.size(),
                   "queue lists are wrong");
 }

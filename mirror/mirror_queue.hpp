@@ -25,6 +25,8 @@ struct MirrorEntry {
   bool may_hole = true;
   // The guest write that waits for this entry (sync); nothing waits once it is acknowledged.
   std::optional<OpId> waiter;
+  // Stands for bytes that the guest was told are written: its own, or what it superseded.
+  bool debt = false;
   std::uint64_t position = 0;  // age; a superseding write takes the oldest one it supersedes
 };
 
@@ -36,10 +38,9 @@ class MirrorQueue {
 
   [[nodiscard]] bool empty() const { return entries_.empty(); }
   [[nodiscard]] std::size_t size() const { return entries_.size(); }
-  // Bytes of memory that entries stand for; each counts at least entry_overhead.
+  // Bytes of payload.
   [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
-  // Entries that nobody waits for: acknowledged to the guest, hence debt.
-  [[nodiscard]] std::size_t acknowledged() const { return acknowledged_; }
+  [[nodiscard]] std::size_t debts() const { return debts_; }
   [[nodiscard]] std::uint64_t superseded_bytes() const { return superseded_bytes_; }
 
   [[nodiscard]] bool overlaps(ByteRange range) const {
@@ -47,7 +48,7 @@ class MirrorQueue {
   }
 
   // What push() would add to bytes(), before anything is superseded.
-  [[nodiscard]] static std::uint64_t cost(const MirrorEntry& e);
+  [[nodiscard]] static std::uint64_t cost(const MirrorEntry& e) { return e.payload.size(); }
 
   // The source's result of this write is known, or nothing overlaps it. Supersedes what it covers
   // and trims what it overlaps; those entries must be acknowledged. Returns whether it did.
@@ -73,8 +74,6 @@ class MirrorQueue {
   void check_invariants() const;
 
  private:
-  static constexpr std::uint64_t entry_overhead = 256;
-
   struct Node {
     MirrorEntry entry;
     std::optional<OpId> parked_behind;
@@ -101,7 +100,7 @@ class MirrorQueue {
   std::set<ReadyKey> ready_;
   std::multimap<OpId, std::uint64_t> parked_;  // behind which operation -> entry's begin
   std::uint64_t bytes_ = 0;
-  std::size_t acknowledged_ = 0;
+  std::size_t debts_ = 0;
   std::uint64_t next_position_ = 1;
   std::uint64_t superseded_bytes_ = 0;
 };

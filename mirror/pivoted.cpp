@@ -121,7 +121,7 @@ void Pivoted::submit_piece(GuestOp& op, Request& request, ByteRange piece) {
   const bool data = disk.command == Command::read || disk.command == Command::write ||
                     (disk.command == Command::zero && !info_.can_zero);
   in_flight_.add({disk.id, OpKind::guest, disk.command, piece, data ? piece.length() : 0, 0,
-                  std::nullopt, op.id});
+                  std::nullopt, false, op.id});
   ++request.in_flight;
   request.sent_until = piece.end;
   context_.submit_target(std::move(disk));
@@ -133,7 +133,7 @@ void Pivoted::submit_flush(std::optional<OpId> guest) {
   disk.command = Command::flush;
   flush_cuts_.emplace(disk.id, acknowledged_);
   if (!guest) own_flush_ = true;
-  in_flight_.add({disk.id, OpKind::flush, Command::flush, {}, 0, 0, guest, {}});
+  in_flight_.add({disk.id, OpKind::flush, Command::flush, {}, 0, 0, guest, false, {}});
   context_.submit_target(std::move(disk));
 }
 
@@ -332,7 +332,8 @@ void Pivoted::pump_replay() {
     disk.payload = r.payload;
     disk.may_hole = r.may_hole;
     replay_numbers_.emplace(disk.id, r.number);
-    in_flight_.add({disk.id, OpKind::replay, disk.command, disk.range, bytes, 0, std::nullopt, {}});
+    in_flight_.add(
+        {disk.id, OpKind::replay, disk.command, disk.range, bytes, 0, std::nullopt, false, {}});
     ++context_.counters.replayed_writes;
     context_.submit_target(std::move(disk));
   }

@@ -20,7 +20,7 @@ void TargetOps::add(TargetOp op) {
   NBDFERRY_ASSERT(has_room(op.window_bytes), "more in flight than the target's window");
   bytes_ += op.window_bytes;
   buffer_bytes_ += op.buffer_bytes;
-  if (op.kind == OpKind::mirrored && !op.waiter) ++acknowledged_;
+  if (op.debt) ++debts_;
   if (op.command != Command::flush) {
     NBDFERRY_ASSERT(!conflict(op.range), "overlapping operations in flight on the target");
     by_begin_.emplace(op.range.widened(align_).begin, op.id);
@@ -36,7 +36,7 @@ TargetOp TargetOps::remove(OpId id) {
   ops_.erase(it);
   bytes_ -= op.window_bytes;
   buffer_bytes_ -= op.buffer_bytes;
-  if (op.kind == OpKind::mirrored && !op.waiter) --acknowledged_;
+  if (op.debt) --debts_;
   if (op.command != Command::flush) {
     const auto at = by_begin_.find(op.range.widened(align_).begin);
     if (at != by_begin_.end() && at->second == id) by_begin_.erase(at);
@@ -49,7 +49,8 @@ std::uint32_t TargetOps::forget_waiter(OpId waiter) {
   for (auto& [id, op] : ops_) {
     if (op.waiter != waiter) continue;
     op.waiter.reset();
-    ++acknowledged_;
+    if (!op.debt) ++debts_;
+    op.debt = true;
     ++n;
   }
   return n;

@@ -21,6 +21,7 @@ struct TargetOp {
   std::uint64_t window_bytes = 0;  // payload on the wire
   std::uint64_t buffer_bytes = 0;  // mirrored: counted against the buffer until answered
   std::optional<OpId> waiter;      // mirrored: the guest write that waits for it
+  bool debt = false;               // mirrored: stands for bytes that the guest was told are written
   OpId parent{};                   // copy: the copy operation; guest: the guest's request
 };
 
@@ -47,8 +48,7 @@ class TargetOps {
   [[nodiscard]] bool empty() const { return ops_.empty(); }
   [[nodiscard]] std::size_t size() const { return ops_.size(); }
   [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_bytes_; }
-  // Mirrored operations that no guest waits for: acknowledged, hence debt.
-  [[nodiscard]] std::size_t acknowledged() const { return acknowledged_; }
+  [[nodiscard]] std::size_t debts() const { return debts_; }
 
   void check_invariants() const;
 
@@ -60,7 +60,7 @@ class TargetOps {
   std::uint64_t bytes_max_ = 0;
   std::uint64_t bytes_ = 0;
   std::uint64_t buffer_bytes_ = 0;
-  std::size_t acknowledged_ = 0;
+  std::size_t debts_ = 0;
 };
 
 }  // namespace nbdferry::mirror

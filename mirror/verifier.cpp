@@ -106,8 +106,15 @@ bool Verifier::start_one() {
   op.id = c.source_op = m_.context().new_op(OpKind::verify);
   m_.context().submit_source(op);
   op.id = c.target_op = m_.context().new_op(OpKind::verify);
-  m_.in_flight().add(
-      {op.id, OpKind::verify, Command::read, op.range, op.range.length(), 0, std::nullopt, {}});
+  m_.in_flight().add({op.id,
+                      OpKind::verify,
+                      Command::read,
+                      op.range,
+                      op.range.length(),
+                      0,
+                      std::nullopt,
+                      false,
+                      {}});
   m_.context().submit_target(std::move(op));
   comparisons_.push_back(std::move(c));
   return true;
