@@ -53,6 +53,8 @@ class DiskImage {
   [[nodiscard]] Covered begin_flush() const;
   void end_flush(const Covered& covered);
   void fail_flush(const Covered& covered, Prng& prng);
+  // Later flushes write everything again: nobody is asked to know of another client's failed flush.
+  void forgive() { abandoned_.assign(abandoned_.size(), 0); }
 
  private:
   void settle(std::uint64_t unit, const std::byte* data, std::uint32_t version);

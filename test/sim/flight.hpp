@@ -29,6 +29,11 @@ class Flight {
   void finish(DiskImage& image, bool forgetful, Prng& prng);
   // Overrides how it ends: a read of an unreadable sector.
   void fail(IoError error) { error_ = error; }
+  // It will end well after all.
+  void heal() {
+    if (error_ != IoError::none) inert_ = false;
+    error_ = IoError::none;
+  }
   // The units that were not done, each or not, as a server does that lost its client. Returns
   // whether anything was left to do.
   bool haunt(DiskImage& image, Prng& prng);
@@ -42,6 +47,7 @@ class Flight {
   void make_extents(const DiskImage& image, std::uint64_t grain, bool vague, Prng& prng);
   [[nodiscard]] std::vector<Extent>& extents() { return extents_; }
 
+  std::uint64_t event = 0;  // target only: of its submission
   unsigned connection = 0;  // target only
   bool doomed = false;      // target only: its connection is lost, it can only be answered as lost
 

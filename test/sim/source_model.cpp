@@ -105,6 +105,7 @@ void SourceModel::break_sector() {
 
 void SourceModel::heal() {
   healthy_ = true;
+  for (auto& f : flights_) f.heal();
   unreadable_.assign(image.units(), false);
   unreadable_count_ = 0;
 }

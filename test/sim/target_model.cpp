@@ -12,9 +12,8 @@ TargetModel::TargetModel(const Setup& setup, Prng& prng, Cases& cases)
 // Another server's disk: empty, or full of something else.
 void TargetModel::renew() {
   image = DiskImage(setup_.target.size);
-  corrupt_.assign(image.units(), false);
   corrupted_at_.assign(image.units(), 0);
-  haunted_.assign(image.units(), false);
+  haunted_at_.assign(image.units(), 0);
   zombies_.clear();
   if (prng_.chance(1, 2)) return;
   for (std::uint64_t at = 0; at < image.size(); at += block_size_min) {
@@ -36,6 +35,7 @@ void TargetModel::open(bool another) {
     image.crash(prng_);
   }
   used_ = true;
+  image.forgive();
 }
 
 void TargetModel::close(Time now) {
@@ -98,6 +98,7 @@ void TargetModel::submit(mirror::DiskOp&& op) {
   bytes_in_flight_ += window_cost(op);
   Flight& f = flights_.emplace_back(std::move(op), error, inert, image);
   f.connection = static_cast<unsigned>(prng_.below(living_));
+  f.event = event_;
 }
 
 // --- what happens to it
@@ -125,12 +126,24 @@ mirror::TargetRefused TargetModel::refuse() {
   return {"the simulator says no"};
 }
 
-void TargetModel::written(ByteRange range) {
+void TargetModel::written(const Flight& flight) {
+  const ByteRange range = flight.op().range;
   for (std::uint64_t u = range.begin / unit_size; u * unit_size < range.end; ++u) {
     if (!range.contains(image.unit_range(u))) continue;
-    corrupt_[u] = false;
-    haunted_[u] = false;
+    // What came while it was in flight may have come after it.
+    if (corrupted_at_[u] < flight.event) corrupted_at_[u] = 0;
+    if (haunted_at_[u] < flight.event) haunted_at_[u] = 0;
   }
+}
+
+std::uint64_t TargetModel::buffer_in_flight() const {
+  constexpr std::uint64_t overhead = 256;
+  std::uint64_t sum = 0;
+  for (const auto& f : flights_) {
+    const bool data = f.op().command == Command::write;
+    if (f.writes()) sum += std::max(overhead, data ? f.op().range.length() : 0);
+  }
+  return sum;
 }
 
 void TargetModel::make_zombie(Flight&& flight, Time now) {
@@ -159,7 +172,7 @@ mirror::TargetDone TargetModel::answer(Time now) {
   f.finish(image, true, prng_);
   mirror::TargetDone done{f.op().id, f.error(), {}, {}};
   if (f.error() != IoError::none) return done;
-  if (f.writes()) written(f.op().range);
+  if (f.writes()) written(f);
   if (f.op().command == Command::read) done.data = f.take_data();
   if (f.op().command == Command::block_status) {
     if (setup_.target.has_allocation) {
@@ -225,14 +238,18 @@ void TargetModel::corrupt() {
   const std::uint64_t unit = prng_.below(setup_.engine.size / unit_size + 1);
   if (unit * unit_size >= setup_.engine.size) return;
   image.corrupt(unit);
-  corrupt_[unit] = true;
   corrupted_at_[unit] = event_;
 }
 
 void TargetModel::verified(std::uint64_t event) {
-  for (std::uint64_t u = 0; u < corrupt_.size(); ++u) {
-    if (corrupted_at_[u] < event) corrupt_[u] = false;
+  for (auto& at : corrupted_at_) {
+    if (at < event) at = 0;
   }
+}
+
+void TargetModel::heal() {
+  healthy_ = true;
+  for (auto& f : flights_) f.heal();
 }
 
 void TargetModel::scribble() {
@@ -256,7 +273,7 @@ void TargetModel::pass_time(Time now) {
     const ByteRange r = z.flight.op().range;
     if (!z.flight.haunt(image, prng_)) continue;
     if (link_ == Link::up) cases_.saw(Case::zombie_after_reconnect);
-    for (std::uint64_t u = r.begin / unit_size; u * unit_size < r.end; ++u) haunted_[u] = true;
+    for (std::uint64_t u = r.begin / unit_size; u * unit_size < r.end; ++u) haunted_at_[u] = event_;
   }
 }
 

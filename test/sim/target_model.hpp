@@ -26,7 +26,8 @@ class TargetModel {
   [[nodiscard]] Link link() const { return link_; }
   [[nodiscard]] bool up() const { return link_ == Link::up; }
   [[nodiscard]] bool busy() const { return !flights_.empty(); }
-  [[nodiscard]] std::uint64_t bytes_in_flight() const { return bytes_in_flight_; }
+  // Memory that writes in flight stand for, counted as the core's buffer counts it.
+  [[nodiscard]] std::uint64_t buffer_in_flight() const;
   [[nodiscard]] Time down_since() const { return down_since_; }
 
   // The core's actions.
@@ -57,16 +58,16 @@ class TargetModel {
   // Zombies whose time has come.
   void pass_time(Time now);
 
-  void heal() { healthy_ = true; }
+  void heal();
   [[nodiscard]] bool haunted() const { return !zombies_.empty(); }
 
   // Silently corrupt and not written since.
-  [[nodiscard]] bool corrupt(std::uint64_t unit) const { return corrupt_[unit]; }
+  [[nodiscard]] bool corrupt(std::uint64_t unit) const { return corrupted_at_[unit] != 0; }
   // A complete verification began at `event`: what was corrupt before it counts as found.
   void verified(std::uint64_t event);
   void set_event(std::uint64_t event) { event_ = event; }
   // A zombie wrote there and nobody has since.
-  [[nodiscard]] bool haunted(std::uint64_t unit) const { return haunted_[unit]; }
+  [[nodiscard]] bool haunted(std::uint64_t unit) const { return haunted_at_[unit] != 0; }
 
   DiskImage image;
 
@@ -79,7 +80,7 @@ class TargetModel {
 
   void renew();
   void check(const mirror::DiskOp& op) const;
-  void written(ByteRange range);
+  void written(const Flight& flight);
   void make_zombie(Flight&& flight, Time now);
   [[nodiscard]] mirror::TargetWindow window() const;
   [[nodiscard]] static std::uint64_t window_cost(const mirror::DiskOp& op) {
@@ -100,9 +101,9 @@ class TargetModel {
   std::vector<Flight> flights_;
   mirror::DiskOp last_;
   std::vector<Zombie> zombies_;
-  std::vector<bool> corrupt_;
+  // The event in which a unit was corrupted, or written by a zombie; 0: not.
   std::vector<std::uint64_t> corrupted_at_;
-  std::vector<bool> haunted_;
+  std::vector<std::uint64_t> haunted_at_;
 };
 
 }  // namespace nbdferry::sim
