@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "mirror/assert.hpp"
+#include "mirror/ranges.hpp"
 
 namespace nbdferry::mirror {
 
@@ -252,8 +253,16 @@ void Pivoted::retain(const GuestOp& op, ByteRange piece) {
 }
 
 void Pivoted::release(std::uint64_t up_to) {
+  // What is newer than something that stays, and overlaps it, stays with it: the older one alone
+  // would be read, and written again, over the newer one's bytes.
+  Ranges kept;
   std::erase_if(retained_, [&](const Retained& r) {
-    if (r.number > up_to || r.replaying || in_quarantine(r.range)) return false;
+    const bool keep =
+        r.number > up_to || r.replaying || in_quarantine(r.range) || overlaps_any(kept, r.range);
+    if (keep) {
+      kept.push_back(r.range);
+      return false;
+    }
     retained_bytes_ -= r.payload.size();
     return true;
   });
@@ -306,12 +315,15 @@ void Pivoted::target_window(const TargetWindow& event) {
 
 void Pivoted::start_replay(bool all) {
   replays_left_ = replay_numbers_.size();
+  Ranges again;
   for (auto& r : retained_) {
     const bool in_flight = std::any_of(replay_numbers_.begin(), replay_numbers_.end(),
                                        [&](const auto& n) { return n.second == r.number; });
-    if (in_flight) continue;
-    r.replaying = r.replaying || all || in_quarantine(r.range);
-    if (r.replaying) ++replays_left_;
+    // With it all that came later on top of it.
+    r.replaying = r.replaying || all || in_quarantine(r.range) || overlaps_any(again, r.range);
+    if (!r.replaying) continue;
+    if (!all) again.push_back(r.range);
+    if (!in_flight) ++replays_left_;
   }
 }
 

@@ -34,6 +34,11 @@ inline bool subtract(Ranges& list, ByteRange hole) {
   return out;
 }
 
+[[nodiscard]] inline bool overlaps_any(const Ranges& list, ByteRange with) {
+  return std::any_of(list.begin(), list.end(),
+                     [&](const ByteRange& r) { return r.overlaps(with); });
+}
+
 [[nodiscard]] inline std::uint64_t total(const Ranges& list) {
   std::uint64_t sum = 0;
   for (const auto& r : list) sum += r.length();

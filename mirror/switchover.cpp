@@ -108,6 +108,7 @@ void Switchover::all(CommandId command, SwitchKind kind) {
   }
   std::string why = pivot_obstacle(kind);
   if (why.empty() && state_ == State::none) why = obstacle();
+  if (state_ == State::committing && kind != kind_) why = "it is being committed the other way";
   if (!why.empty()) {
     m_.context().done(command, false, "cannot switch: " + why);
     return;
