@@ -20,6 +20,7 @@
 #include "transport/target.hpp"
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 
@@ -120,6 +121,7 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   bool doubts_ = false;  // some ready connection isn't certain
 
   std::vector<mirror::Event> outbox_;
+  std::optional<mirror::Event> last_word_;  // TargetLost or TargetClosed: once all is answered
   bool emit_posted_ = false;
   bool emitting_ = false;
   std::vector<Answer> answers_;  // scratch
@@ -132,7 +134,7 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
 // ---------------------------------------------------------------------------------------
 
 void State::emit_soon() {
-  if (emit_posted_ || outbox_.empty()) return;
+  if (emit_posted_ || (outbox_.empty() && !last_word_)) return;
   emit_posted_ = true;
   boost::asio::post(executor_, [self = shared_from_this()] {
     self->emit_posted_ = false;
@@ -146,7 +148,11 @@ void State::emit() {
   const auto self = shared_from_this();
   emitting_ = true;
   std::vector<mirror::Event> batch;
-  while (!outbox_.empty() && !silent_) {
+  while (!silent_ && (!outbox_.empty() || last_word_)) {
+    if (outbox_.empty()) {
+      outbox_.push_back(std::move(*last_word_));
+      last_word_.reset();
+    }
     batch.swap(outbox_);
     for (auto& event : batch) {
       if (silent_) break;
@@ -261,6 +267,7 @@ void State::joined(const std::shared_ptr<Slot>& slot) {
 void State::on_ended(Connection& connection, const std::string& reason) {
   const auto slot = slot_of(connection);
   const bool was_ready = slot->ready;
+  const auto first_answer = static_cast<std::ptrdiff_t>(outbox_.size());
   take_answers(*slot);
   retry_later(slot);
   const bool certain_left =
@@ -269,8 +276,11 @@ void State::on_ended(Connection& connection, const std::string& reason) {
     refuse(reason);
   } else if (phase_ == Phase::up && !certain_left) {
     lost(reason, slot->delay);
-  } else if (was_ready) {
-    outbox_.emplace_back(mirror::TargetWindow{window_ops(), window_bytes()});
+  }
+  if (was_ready) {
+    // Before the answers: what the core would send on their account must know the smaller window.
+    outbox_.insert(outbox_.begin() + first_answer,
+                   mirror::TargetWindow{window_ops(), window_bytes()});
   }
   emit();
 }
@@ -280,7 +290,7 @@ void State::on_ended(Connection& connection, const std::string& reason) {
 void State::lost(const std::string& reason, Duration delay) {
   drop_slots();
   phase_ = Phase::seeking;
-  outbox_.emplace_back(mirror::TargetLost{fmt::format("{}: {}", endpoint_.uri, reason)});
+  last_word_ = mirror::TargetLost{fmt::format("{}: {}", endpoint_.uri, reason)};
   slots_.push_back(std::make_shared<Slot>(executor_));
   slots_.front()->delay = delay;
   retry_later(slots_.front());
@@ -304,7 +314,7 @@ void State::drop_slots() {
 void State::close() {
   drop_slots();
   phase_ = Phase::closed;
-  outbox_.emplace_back(mirror::TargetClosed{});
+  last_word_ = mirror::TargetClosed{};
   emit_soon();
 }
 

@@ -139,6 +139,32 @@ TEST_CASE("a reply that makes no sense ends the connection: the rest is lost") {
   CHECK(d.reason.find("magic") != std::string::npos);
 }
 
+TEST_CASE("a loss closes the window first, and is said when even late operations are answered") {
+  Listener listener;
+  Driver d(config_for(listener));
+  d.target->open();
+  auto peer = d.accept(listener);
+  peer->send_hello(mib, flags_plain);
+  REQUIRE(d.until([&] { return d.count("up") == 1; }));
+  int late = 0;
+  d.on_event = [&](const mirror::Event& event) {
+    if (const auto* done = std::get_if<mirror::TargetDone>(&event); done && late < 5) {
+      CHECK(done->error == IoError::lost);
+      CHECK(d.window_ops == 0);
+      ++late;
+      d.submit(make_op(Command::flush));
+    }
+  };
+  d.write(0, 4096, 'a');
+  d.write(4096, 4096, 'b');
+  REQUIRE(d.request(*peer));
+  peer->close();
+  // That nothing is unanswered at TargetLost is checked as it arrives.
+  CHECK(d.until([&] { return d.count("lost") == 1; }));
+  CHECK(late == 5);
+  CHECK(d.log == std::vector<std::string>{"up", "window", "lost"});
+}
+
 TEST_CASE("one connection of several is replaced: its operations are lost, the others go on") {
   Listener listener;
   auto config = config_for(listener);
@@ -247,7 +273,7 @@ TEST_CASE("an attempt that fails later is repeated, with growing delays, and nev
   const auto taken = std::chrono::steady_clock::now() - begin;
   CHECK(taken >= 600ms);
   CHECK(taken < 2s);
-  CHECK(d.log == std::vector<std::string>{"up", "lost"});
+  CHECK(d.log == std::vector<std::string>{"up", "window", "lost"});
   d.target->close();
   CHECK(d.until([&] { return d.count("closed") == 1; }));
 }
