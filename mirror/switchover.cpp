@@ -106,8 +106,8 @@ void Switchover::all(CommandId command, SwitchKind kind) {
     commit(command, kind);
     return;
   }
-  std::string why = pivot_obstacle(kind);
-  if (why.empty() && state_ == State::none) why = obstacle();
+  std::string why = state_ == State::none ? obstacle() : std::string();
+  if (why.empty()) why = pivot_obstacle(kind);
   if (state_ == State::committing && kind != kind_) why = "it is being committed the other way";
   if (!why.empty()) {
     m_.context().done(command, false, "cannot switch: " + why);

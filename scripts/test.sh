@@ -12,8 +12,7 @@ install_for build test
 echo "building with sanitizers"
 configure "$root/build-sanitize" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DNBDFERRY_SANITIZE=address,undefined
-sanitized=(unit_mirror unit_transport unit_proxy sim)
-ninja -C "$root/build-sanitize" -j2 --quiet "${sanitized[@]}"
+ninja -C "$root/build-sanitize" -j2 --quiet unit_and_sim
 ctest --test-dir "$root/build-sanitize" --output-on-failure \
   -R '^(unit\..*|sim\.histories|sim\.regressions)$' "$@"
 
