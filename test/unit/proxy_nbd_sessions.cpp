@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include "mirror/assert.hpp"
 #include "proxy/limits.hpp"
 #include "test/unit/proxy_nbd_fixture.hpp"
 #include "test/unit/proxy_nbd_zombie.hpp"
@@ -223,6 +224,16 @@ TEST_CASE("rule 8: what a vanished client left unread never follows its successo
     CHECK(survivor_of_two_clients(tcp, true) == 'n');
   }
 }
+
+#ifdef NBDFERRY_MUTANTS
+TEST_CASE("rule 8: the front's mutant is caught") {
+  for (const bool tcp : {false, true}) {
+    active_mutant = "front_keeps_unparsed";
+    CHECK(survivor_of_two_clients(tcp, false) == 'o');
+    active_mutant = nullptr;
+  }
+}
+#endif
 
 TEST_CASE("rule 8: an orderly client's last words are all admitted when its successor comes") {
   ServerThread server(size);
