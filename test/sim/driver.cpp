@@ -10,6 +10,8 @@ using Link = TargetModel::Link;
 void Driver::run(unsigned steps) {
   if (prng_.chance(3, 4)) start();
   for (unsigned i = 0; i < steps; ++i) step();
+  // What comes after a pivot deserves as much.
+  for (unsigned i = 0; i < steps / 2 && w_.serving() == Serving::target; ++i) step();
   finish();
 }
 
@@ -43,7 +45,7 @@ void Driver::step() {
   offer(!w_.target().up() && w_.target().link() != Link::closed, 8, &Driver::answer_link);
   offer(w_.record_pending(), 8, &Driver::write_record);
   offer(true, s.operator_weight, &Driver::operate);
-  offer(s.losses && w_.target().up(), 1, &Driver::lose);
+  offer(s.losses && w_.target().up(), w_.serving() == Serving::target ? 3 : 1, &Driver::lose);
   offer(true, 1, &Driver::jump);
   offer(true, 1, &Driver::stall);
   offer(true, 2, &Driver::meddle);
@@ -216,7 +218,7 @@ void Driver::start() {
 
 void Driver::any_command() {
   const SwitchKind kind =
-      w_.setup().corruption || prng_.chance(1, 2) ? SwitchKind::release : SwitchKind::pivot;
+      w_.setup().corruption || prng_.chance(1, 3) ? SwitchKind::release : SwitchKind::pivot;
   switch (prng_.below(12)) {
     case 0:
       w_.command(Pause{});
@@ -263,7 +265,7 @@ void Driver::operate() {
     return;
   }
   const SwitchKind kind =
-      w_.setup().corruption || prng_.chance(1, 2) ? SwitchKind::release : SwitchKind::pivot;
+      w_.setup().corruption || prng_.chance(1, 3) ? SwitchKind::release : SwitchKind::pivot;
   const std::uint64_t dice = prng_.below(10);
   switch (w_.status().phase) {
     case Phase::idle:
@@ -284,6 +286,7 @@ void Driver::operate() {
       if (dice < 3) w_.command(Prepare{});
       if (dice == 3) w_.command(Switch{{}, kind});
       if (dice == 4) w_.command(SetMode{{}, prng_.chance(1, 2) ? Mode::sync : Mode::async});
+      if (dice == 6 && w_.setup().corruption) w_.target().corrupt();
       if (dice == 5 || (dice == 6 && w_.setup().corruption)) w_.command(Verify{});
       if (dice == 7 && prng_.chance(1, 4)) w_.command(Cancel{});
       break;

@@ -33,7 +33,12 @@ bool Driver::mend() {
 template <typename Done>
 void Driver::settle(const char* what, Done&& done) {
   for (unsigned i = 0; !done(); ++i) {
-    require(i < steps_max, "no progress: {}", what);
+    if (i == steps_max) {
+      const Status& s = w_.status();
+      fail("no progress: {} ({}, stale {}, armed {}, buffered {}, suspect {}, unreadable {})", what,
+           to_string(s.phase), s.stale_bytes, s.copying_bytes, s.buffered_bytes, s.suspect_bytes,
+           s.unreadable_bytes);
+    }
     if (!mend()) w_.advance(std::chrono::milliseconds(5));
   }
 }
@@ -59,17 +64,15 @@ void Driver::finish_source() {
   // In sync, whatever it takes.
   settle("to get in sync", [&] {
     if (w_.serving() != Serving::source) return true;
-    if (w_.any_command_open() || w_.record_pending()) return false;
     const Status& s = w_.status();
+    if (s.phase == Phase::paused) w_.command(Resume{});
+    if (w_.any_command_open() || w_.record_pending()) return false;
     switch (s.phase) {
       case Phase::idle:
       case Phase::failed:
       case Phase::cancelled:
       case Phase::switched:
         start();
-        return false;
-      case Phase::paused:
-        w_.command(Resume{});
         return false;
       case Phase::prepared:
       case Phase::sealed:

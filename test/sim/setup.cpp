@@ -73,7 +73,7 @@ Setup make_setup(Prng& prng) {
   s.source_errors = prng.chance(1, 4);
   s.target_errors = prng.chance(1, 4);
   s.unreadable = prng.chance(1, 12);
-  s.losses = prng.chance(2, 5);
+  s.losses = prng.chance(1, 2);
   s.restarts = prng.chance(2, 3);
   s.corruption = prng.chance(1, 10);
   s.check_invariants = prng.chance(1, 8);
@@ -90,7 +90,7 @@ mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   mirror::MigrateOptions o;
   o.mode = prng.chance(1, 2) ? mirror::Mode::async : mirror::Mode::sync;
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
-  if (prng.chance(1, 10) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
+  if (prng.chance(1, 6) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
   o.skip_unreadable = prng.chance(1, 4);
   o.buffer_bytes = prng.pick({1 * kib, 4 * kib, 16 * kib, 64 * kib, 1024 * kib});
   o.max_delay = std::chrono::milliseconds(prng.pick({1, 10, 50}));
