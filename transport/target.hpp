@@ -1,5 +1,5 @@
-// Target: the remote NBD endpoint as the core's disk. Owns the connections (libnbd handles), spreads
-// operations over them, replaces lost ones, and speaks mirror's events.
+// Target: the remote NBD endpoint as the core's disk. Owns the connections (libnbd handles),
+// spreads operations over them, replaces lost ones, and speaks mirror's events.
 //
 // What must hold: DESIGN.md rules 4, 7 and 8 (no duplicate descriptor outlives its handle, sockets
 // are closed with a reset, every operation submitted is answered exactly once).
@@ -18,32 +18,33 @@
 namespace nbdferry::transport {
 
 struct TargetConfig {
-  std::vector<std::string> uris;       // paths to one export; this version uses exactly one
-  unsigned connections = 0;            // 0: chosen (4 with multi-conn, else 1)
-  std::uint64_t size_wanted = 0;       // refuse a smaller export
-  std::string migration_id;            // asked for as "x-nbdferry:migration=<id>"; empty: not asked
+  std::vector<std::string> uris;  // paths to one export; this version uses exactly one
+  unsigned connections = 0;       // 0: chosen (4 with multi-conn, else 1)
+  std::uint64_t size_wanted = 0;  // refuse a smaller export
+  std::string migration_id;       // asked for as "x-nbdferry:migration=<id>"; empty: not asked
   Duration connect_timeout = std::chrono::seconds(10);
 };
 
 struct PathState {
   std::string uri;
-  std::string state;                   // "connecting", "up", "down"
-  unsigned connections = 0;            // living
-  std::uint64_t sent_bytes = 0;        // payload bytes of answered writes and zeroes sent as data
-  std::uint64_t rtt_us = 0;            // smoothed, of requests up to 16 KiB; 0: unknown
-  bool nbdferry = false;               // the migration context was accepted
+  std::string state;             // "connecting", "up", "down"
+  unsigned connections = 0;      // living
+  std::uint64_t sent_bytes = 0;  // payload bytes of answered writes and zeroes sent as data
+  std::uint64_t rtt_us = 0;      // smoothed, of requests up to 16 KiB; 0: unknown
+  bool nbdferry = false;         // the migration context was accepted
 };
 
-// Receives TargetUp, TargetWindow, TargetLost, TargetRefused, TargetClosed, TargetDone. Never called
-// from inside a member function of Target: always from the executor.
+// Receives TargetUp, TargetWindow, TargetLost, TargetRefused, TargetClosed, TargetDone. Never
+// called from inside a member function of Target: always from the executor.
 using EventHandler = std::function<void(mirror::Event&&)>;
 
 class Target {
  public:
   virtual ~Target() = default;
 
-  // Connect: TargetUp, or TargetRefused when the first attempt fails for good. After that the target
-  // reconnects by itself with backoff until close().
+  // Connect: TargetUp, or TargetRefused when the first attempt fails. After TargetUp the target
+  // reconnects by itself with backoff until close(), and is refused only if it comes back smaller
+  // or read-only. After TargetRefused or close() it may be opened again.
   virtual void open() = 0;
 
   // Valid between TargetUp and TargetLost/TargetClosed, within the window; else answered as lost.
