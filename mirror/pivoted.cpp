@@ -149,7 +149,11 @@ void Pivoted::pump() {
     it = try_submit(*guests_.find(*it)) ? pending_.erase(it) : it + 1;
   }
   const bool much = retained_bytes_ >= options_.buffer_bytes / 2;
-  if (serving() && much && !own_flush_ && in_flight_.has_room(0)) submit_flush(std::nullopt);
+  // What a quarantine holds back no flush releases.
+  const bool helps = acknowledged_ > flushed_up_to_;
+  if (serving() && much && helps && !own_flush_ && in_flight_.has_room(0)) {
+    submit_flush(std::nullopt);
+  }
 }
 
 // --- answers
@@ -278,6 +282,7 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
     return;
   }
   if (error == IoError::none) {
+    flushed_up_to_ = std::max(flushed_up_to_, cut);
     release(cut);
   } else {
     start_replay(true);  // it proves that something was not written: write it again
@@ -360,6 +365,7 @@ void Pivoted::replay_done(const TargetOp& op, IoError error) {
                                [&](const Retained& r) { return r.number == number; });
   NBDFERRY_ASSERT(it != retained_.end(), "a retained write was dropped while it was replayed");
   it->replaying = false;
+  it->number = ++acknowledged_;  // only a flush that is submitted from now on covers it
   if (error != IoError::none) {
     replay_failed_ = true;
     last_error_ = "a write could not be replayed: " + std::string(to_string(error));

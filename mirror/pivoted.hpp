@@ -40,7 +40,7 @@ class Pivoted {
     Command command = Command::write;
     Payload payload;
     bool may_hole = true;
-    std::uint64_t number = 0;  // order of acknowledgement
+    std::uint64_t number = 0;  // of its last acknowledgement: which flush covers it
     bool replaying = false;    // to be written again
   };
   // A guest request on its way, in pieces that the target takes.
@@ -90,7 +90,8 @@ class Pivoted {
   std::unordered_map<OpId, Request> requests_;
   std::list<Retained> retained_;  // in order of acknowledgement
   std::uint64_t retained_bytes_ = 0;
-  std::uint64_t acknowledged_ = 0;  // number of the last retained write
+  std::uint64_t acknowledged_ = 0;   // number of the last retained write
+  std::uint64_t flushed_up_to_ = 0;  // the last one that a good flush covers
   std::size_t replays_left_ = 0;
   bool replay_failed_ = false;  // the next flush has to say so
   std::vector<Quarantine> quarantines_;

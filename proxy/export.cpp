@@ -241,19 +241,13 @@ void ExportImpl::write_record(Ownership next, std::function<void(std::string)> d
   }
   record_busy_ = true;
   boost::asio::post(helper_, [this, next = std::move(next), done = std::move(done)]() mutable {
-    const Role wanted = next.role;
     std::string error;
     try {
       record_.write(std::move(next));
     } catch (const std::exception& e) {
       error = e.what();
-      // What counts is what the next start will find.
-      try {
-        record_ = OwnerRecord::load(record_.path(), options_.disk);
-        if (record_.current().role == wanted) error.clear();
-      } catch (const std::exception& reload) {
-        error += fmt::format("; and it cannot be read again: {}", reload.what());
-      }
+      // Not read again to see what it says: the page cache may show what is not on the disk. If
+      // the new role is durable after all, the next start refuses I/O until `unfence`.
     }
     boost::asio::post(io_, [this, error, current = record_.current(), done = std::move(done)] {
       record_busy_ = false;
