@@ -15,8 +15,8 @@ namespace nbdferry::transport {
 
 namespace {
 
-constexpr std::uint64_t cost_per_op = 4096;               // a request without data isn't free
-constexpr std::uint64_t small_request_bytes = 16 * 1024;  // the latency of these is the path's
+constexpr std::uint64_t cost_per_op = 4096;                  // a request without data isn't free
+constexpr std::uint64_t small_request_bytes = 16ULL * 1024;  // the latency of these is the path's
 constexpr std::uint64_t request_max = 0xFFFF'FFFF;
 constexpr std::uint64_t zeroes_max = 32ULL * 1024 * 1024;
 
