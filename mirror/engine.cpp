@@ -164,7 +164,7 @@ class EngineState {
   // After the end, too: repeating what has been done is no error.
   template <typename F>
   void with_switchover(CommandId command, F&& f) {
-    if (!migration_) {
+    if (!migration_ || (migration_->ended() && serving_ == Serving::source)) {
       context_.done(command, false, "no migration is running");
     } else {
       f(migration_->switchover());

@@ -319,16 +319,18 @@ void Pivoted::target_window(const TargetWindow& event) {
 }
 
 void Pivoted::start_replay(bool all) {
-  replays_left_ = replay_numbers_.size();
+  replays_left_ = 0;
   Ranges again;
   for (auto& r : retained_) {
     const bool in_flight = std::any_of(replay_numbers_.begin(), replay_numbers_.end(),
                                        [&](const auto& n) { return n.second == r.number; });
-    // With it all that came later on top of it.
-    r.replaying = r.replaying || all || in_quarantine(r.range) || overlaps_any(again, r.range);
+    // With it all that came later on top of it, even if it is just being written again.
+    const bool wanted = all || in_quarantine(r.range) || overlaps_any(again, r.range);
+    r.repeat = r.repeat || (wanted && in_flight);
+    r.replaying = r.replaying || wanted;
     if (!r.replaying) continue;
+    ++replays_left_;
     if (!all) again.push_back(r.range);
-    if (!in_flight) ++replays_left_;
   }
 }
 
@@ -359,11 +361,12 @@ void Pivoted::pump_replay() {
 void Pivoted::replay_done(const TargetOp& op, IoError error) {
   const std::uint64_t number = replay_numbers_.at(op.id);
   replay_numbers_.erase(op.id);
-  if (error == IoError::lost) return;  // it stays to be replayed
-  --replays_left_;
   const auto it = std::find_if(retained_.begin(), retained_.end(),
                                [&](const Retained& r) { return r.number == number; });
   NBDFERRY_ASSERT(it != retained_.end(), "a retained write was dropped while it was replayed");
+  const bool repeat = std::exchange(it->repeat, false);
+  if (error == IoError::lost || repeat) return;  // it stays to be replayed
+  --replays_left_;
   it->replaying = false;
   it->number = ++acknowledged_;  // only a flush that is submitted from now on covers it
   if (error != IoError::none) {

@@ -42,6 +42,7 @@ class Pivoted {
     bool may_hole = true;
     std::uint64_t number = 0;  // of its last acknowledgement: which flush covers it
     bool replaying = false;    // to be written again
+    bool repeat = false;       // once more when the replay under way has ended
   };
   // A guest request on its way, in pieces that the target takes.
   struct Request {
