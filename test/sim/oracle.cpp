@@ -48,21 +48,20 @@ bool Oracle::matches(const Write& w, ByteRange part, const std::byte* bytes) {
   return false;
 }
 
-bool Oracle::explained(ByteRange part, const std::byte* bytes, std::uint64_t event,
-                       std::int32_t node) const {
-  for (; node >= 0; node = nodes_[static_cast<std::size_t>(node)].older) {
+bool Oracle::explained(ByteRange part, const std::byte* bytes, std::uint64_t event) const {
+  for (std::int32_t node = heads_[part.begin / unit_size]; node >= 0;) {
     const Node& n = nodes_[static_cast<std::size_t>(node)];
+    node = n.older;
     const Write& w = writes_[n.write];
     const ByteRange both = w.range.intersect(part);
     if (both.empty()) continue;
     if (both != part) {
-      // The write covers some of it: ask for each part on its own.
-      const ByteRange left{part.begin, both.begin};
-      const ByteRange right{both.end, part.end};
-      return (left.empty() || explained(left, bytes, event, n.older)) &&
-             explained(both, bytes + (both.begin - part.begin), event, node) &&
-             (right.empty() ||
-              explained(right, bytes + (right.begin - part.begin), event, n.older));
+      // The write covers some of it: ask anew for each part on its own.
+      for (const ByteRange p :
+           {ByteRange{part.begin, both.begin}, both, ByteRange{both.end, part.end}}) {
+        if (!p.empty() && !explained(p, bytes + (p.begin - part.begin), event)) return false;
+      }
+      return true;
     }
     if (matches(w, part, bytes)) return true;
     const bool certain = w.kind == Kind::write || w.kind == Kind::zero;

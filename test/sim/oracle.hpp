@@ -35,7 +35,7 @@ class Oracle {
     for (std::uint64_t u = range.begin / unit_size; u * unit_size < range.end; ++u) {
       if (ignored(u)) continue;
       const ByteRange part = range.intersect({u * unit_size, (u + 1) * unit_size});
-      if (!explained(part, bytes + (part.begin - range.begin), event, heads_[u])) {
+      if (!explained(part, bytes + (part.begin - range.begin), event)) {
         return part.begin;
       }
     }
@@ -60,8 +60,8 @@ class Oracle {
   };
 
   std::uint32_t add(Kind kind, ByteRange range, Payload payload);
-  [[nodiscard]] bool explained(ByteRange part, const std::byte* bytes, std::uint64_t event,
-                               std::int32_t node) const;
+  [[nodiscard]] bool explained(ByteRange part, const std::byte* bytes,
+                               std::uint64_t event) const;  // part: within a unit
   [[nodiscard]] static bool matches(const Write& w, ByteRange part, const std::byte* bytes);
 
   std::vector<std::byte> initial_;
