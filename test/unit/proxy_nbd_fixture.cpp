@@ -312,3 +312,10 @@ CommandResult run_command(const std::string& command, int seconds) {
 }
 
 }  // namespace nbdferry::proxy::test
+
+// Each thread keeps its pool of payload memory for good (mirror/payload.cpp), also when it ends:
+// the program has one thread for each export, these tests have one for each server.
+extern "C" const char* __lsan_default_suppressions();
+extern "C" const char* __lsan_default_suppressions() {
+  return "leak:nbdferry::detail::allocate_storage";
+}
