@@ -144,6 +144,12 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
       for (const auto chunk : unflushed_.failed(*map_)) {
         mark_stale(map_->chunk_range(chunk), "a flush of the target failed");
       }
+      // What is in flight may be in the server's cache by now, and be among what it gave up.
+      Ranges in_flight;
+      in_flight_.for_each([&](const TargetOp& o) {
+        if (is_write(o.command)) in_flight.push_back(blocks_of(o.range));
+      });
+      for (const auto& r : in_flight) mark_stale(r, "a flush of the target failed");
     }
     if (error != IoError::lost) target_failed(op, error);
   } else {

@@ -277,15 +277,20 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
   flush_cuts_.erase(op.id);
   const std::optional<OpId> guest = op.waiter;
   if (!guest) own_flush_ = false;
-  if (error == IoError::lost) {
-    if (guest) pending_.push_front(*guest);
-    return;
-  }
   if (error == IoError::none) {
     flushed_up_to_ = std::max(flushed_up_to_, cut);
     release(cut);
   } else {
-    start_replay(true);  // it proves that something was not written: write it again
+    // Something was not written, perhaps, and another flush would not say so: write it again, and
+    // what is in flight, too, for the server may have it already.
+    in_flight_.for_each([&](const TargetOp& o) {
+      if (o.kind == OpKind::guest && is_write(o.command)) requests_.at(o.parent).again = true;
+    });
+    start_replay(true);
+  }
+  if (error == IoError::lost) {
+    if (guest) pending_.push_front(*guest);
+    return;
   }
   if (guest) complete(*guest, error);
 }

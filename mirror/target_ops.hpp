@@ -45,6 +45,11 @@ class TargetOps {
   // The guest write no longer waits for its operations; returns how many did.
   std::uint32_t forget_waiter(OpId waiter);
 
+  template <typename F>
+  void for_each(F&& f) const {
+    for (const auto& [id, op] : ops_) f(op);
+  }
+
   [[nodiscard]] bool empty() const { return ops_.empty(); }
   [[nodiscard]] std::size_t size() const { return ops_.size(); }
   [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_bytes_; }
