@@ -75,9 +75,8 @@ bool Pivoted::try_submit(GuestOp& op) {
 }
 
 bool Pivoted::try_flush(GuestOp& op) {
-  if (replay_failed_) {
+  if (failed_ != 0) {
     // What the guest believes to be written could not be: this is where it must learn it.
-    replay_failed_ = false;
     complete(op.id, IoError::io);
     start_replay(true);
     return true;
@@ -197,7 +196,7 @@ void Pivoted::guest_done(const TargetOp& op, TargetDone&& event) {
     overlay(op.range, to);
   } else {
     guest->extents = std::move(event.extents);
-    if (in_quarantine(op.range)) guest->extents = {Extent{op.range.length(), false, false}};
+    if (may_differ(op.range)) guest->extents = {Extent{op.range.length(), false, false}};
   }
   if (request.in_flight != 0) return;
   if (request.again) {
@@ -217,9 +216,10 @@ void Pivoted::guest_done(const TargetOp& op, TargetDone&& event) {
   complete(op.parent, request.error);
 }
 
-// A late write of a lost connection may stand on the target: what we retain is what was written.
+// A late write of a lost connection may stand on the target, or a replay may have failed: what we
+// retain is what was written.
 void Pivoted::overlay(ByteRange range, std::byte* data) const {
-  if (!in_quarantine(range)) return;
+  if (!may_differ(range)) return;
   for (const auto& r : retained_) {
     if (!r.range.overlaps(range)) continue;
     const ByteRange part = r.range.intersect(range);
@@ -233,10 +233,11 @@ void Pivoted::overlay(ByteRange range, std::byte* data) const {
 }
 
 void Pivoted::retain(const GuestOp& op, ByteRange piece) {
-  if (!quarantines_.empty()) {
-    // What is held back by a quarantine is at least held once only.
+  if (!quarantines_.empty() || failed_ != 0) {
+    // What is held back by a quarantine, or could not be written, is at least held once only.
     std::erase_if(retained_, [&](const Retained& r) {
       if (!piece.contains(r.range) || r.replaying) return false;
+      if (r.failed) --failed_;
       retained_bytes_ -= r.payload.size();
       return true;
     });
@@ -261,8 +262,8 @@ void Pivoted::release(std::uint64_t up_to) {
   // would be read, and written again, over the newer one's bytes.
   Ranges kept;
   std::erase_if(retained_, [&](const Retained& r) {
-    const bool keep =
-        r.number > up_to || r.replaying || in_quarantine(r.range) || overlaps_any(kept, r.range);
+    const bool keep = r.number > up_to || r.replaying || r.failed || in_quarantine(r.range) ||
+                      overlaps_any(kept, r.range);
     if (keep) {
       kept.push_back(r.range);
       return false;
@@ -373,9 +374,11 @@ void Pivoted::replay_done(const TargetOp& op, IoError error) {
   if (error == IoError::lost || repeat) return;  // it stays to be replayed
   --replays_left_;
   it->replaying = false;
+  if (error == IoError::none && std::exchange(it->failed, false)) --failed_;
   it->number = ++acknowledged_;  // only a flush that is submitted from now on covers it
   if (error != IoError::none) {
-    replay_failed_ = true;
+    if (!it->failed) ++failed_;
+    it->failed = true;
     last_error_ = "a write could not be replayed: " + std::string(to_string(error));
     context_.notice(last_error_);
   }

@@ -43,6 +43,7 @@ class Pivoted {
     std::uint64_t number = 0;  // of its last acknowledgement: which flush covers it
     bool replaying = false;    // to be written again
     bool repeat = false;       // once more when the replay under way has ended
+    bool failed = false;       // it could not be written again
   };
   // A guest request on its way, in pieces that the target takes.
   struct Request {
@@ -60,6 +61,10 @@ class Pivoted {
 
   [[nodiscard]] bool serving() const { return link_up_ && replays_left_ == 0; }
   [[nodiscard]] bool in_quarantine(ByteRange range) const;
+  // May the target hold something else than what was written?
+  [[nodiscard]] bool may_differ(ByteRange range) const {
+    return failed_ != 0 || in_quarantine(range);
+  }
   [[nodiscard]] bool try_submit(GuestOp& op);
   [[nodiscard]] bool try_flush(GuestOp& op);
   [[nodiscard]] bool try_pieces(GuestOp& op, Request& request);
@@ -94,7 +99,7 @@ class Pivoted {
   std::uint64_t acknowledged_ = 0;   // number of the last retained write
   std::uint64_t flushed_up_to_ = 0;  // the last one that a good flush covers
   std::size_t replays_left_ = 0;
-  bool replay_failed_ = false;  // the next flush has to say so
+  std::size_t failed_ = 0;  // retained writes that could not be replayed: the next flush says so
   std::vector<Quarantine> quarantines_;
   std::unordered_map<OpId, std::uint64_t> flush_cuts_;      // flush -> what it covers
   std::unordered_map<OpId, std::uint64_t> replay_numbers_;  // replay -> which retained write
