@@ -9,6 +9,12 @@
 
 namespace nbdferry::mirror {
 
+namespace {
+
+constexpr Duration replay_retry = std::chrono::milliseconds(200);
+
+}  // namespace
+
 Pivoted::Pivoted(Context& context, GuestOps& guests, const MigrateOptions& options,
                  const TargetInfo& info, const TargetWindow& window)
     : context_(context), guests_(guests), options_(options), info_(info), window_(window) {
@@ -390,6 +396,10 @@ void Pivoted::fail_pending() {
 
 void Pivoted::tick() {
   if (!link_up_ && context_.now - lost_at_ >= options_.reconnect_delay) fail_pending();
+  if (failed_ != 0 && serving() && context_.now >= retry_at_) {
+    retry_at_ = context_.now + replay_retry;
+    start_replay(true);
+  }
   if (!link_up_ || quarantines_.empty()) return;
   const bool over = std::any_of(quarantines_.begin(), quarantines_.end(),
                                 [&](const Quarantine& q) { return q.until <= context_.now; });

@@ -100,6 +100,7 @@ class Pivoted {
   std::uint64_t flushed_up_to_ = 0;  // the last one that a good flush covers
   std::size_t replays_left_ = 0;
   std::size_t failed_ = 0;  // retained writes that could not be replayed: the next flush says so
+  Time retry_at_{0};        // of what could not be replayed
   std::vector<Quarantine> quarantines_;
   std::unordered_map<OpId, std::uint64_t> flush_cuts_;      // flush -> what it covers
   std::unordered_map<OpId, std::uint64_t> replay_numbers_;  // replay -> which retained write
