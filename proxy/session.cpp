@@ -85,7 +85,11 @@ void Session::turn() {
       close();
       break;
     }
+    const auto taken = requests_taken_;
     parse();
+    // One request and nothing behind it: this client waits for the answer, not we for more.
+    const bool alone = requests_taken_ == taken + 1 && input_.size() == 0;
+    if (alone && !large_write_.under_way()) break;
   }
   in_turn_ = false;
   end_turn();
@@ -270,6 +274,7 @@ void Session::admit(const nbd::Request& request, Payload payload) {
   }
   const auto slot = free_slots_.back();
   free_slots_.pop_back();
+  ++requests_taken_;
   slots_[slot] = {request, true};
   ++in_flight_.requests;
   in_flight_.bytes += nbd::bytes_held(request);

@@ -147,6 +147,7 @@ class Session final : public ReplySink, public std::enable_shared_from_this<Sess
   std::vector<Slot> slots_;
   std::vector<std::uint32_t> free_slots_;
   Credit in_flight_;
+  std::uint64_t requests_taken_ = 0;  // ever
   ReplyQueue replies_;
 
   bool in_turn_ = false;    // end_turn() will follow
