@@ -36,8 +36,10 @@ void DiskImage::preset(ByteRange range, std::uint64_t stamp) {
 
 void DiskImage::corrupt(std::uint64_t unit) {
   const std::uint64_t at = unit_range(unit).begin;
-  current_[at] ^= std::byte{0x5a};
-  durable_[at] ^= std::byte{0x5a};
+  // Not an exclusive or: doing it twice must not undo it.
+  for (auto* bytes : {&current_, &durable_}) {
+    (*bytes)[at] = static_cast<std::byte>(std::to_integer<unsigned>((*bytes)[at]) + 1);
+  }
 }
 
 void DiskImage::write(ByteRange range, const std::byte* data) {

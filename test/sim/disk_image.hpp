@@ -36,7 +36,7 @@ class DiskImage {
 
   // Initial content: current and durable alike.
   void preset(ByteRange range, std::uint64_t stamp);
-  // Flips bits of a unit behind everybody's back, on the medium too.
+  // Changes a byte of a unit behind everybody's back, on the medium too.
   void corrupt(std::uint64_t unit);
 
   // `range` within one unit; null data means zeroes.

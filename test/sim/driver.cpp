@@ -45,7 +45,7 @@ void Driver::step() {
   offer(!w_.target().up() && w_.target().link() != Link::closed, 8, &Driver::answer_link);
   offer(w_.record_pending(), 8, &Driver::write_record);
   offer(true, s.operator_weight, &Driver::operate);
-  offer(s.losses && w_.target().up(), w_.serving() == Serving::target ? 3 : 1, &Driver::lose);
+  offer(s.losses && w_.target().up(), w_.serving() == Serving::target ? 6 : 1, &Driver::lose);
   offer(true, 1, &Driver::jump);
   offer(true, 1, &Driver::stall);
   offer(true, 2, &Driver::meddle);

@@ -37,6 +37,8 @@ class Driver {
   // --- ending.cpp
   void finish();
   void finish_source();
+  void level();
+  void find_corruption();
   void finish_target();
   void finish_nobody();
   bool mend();

@@ -60,8 +60,8 @@ void Driver::finish() {
   w_.check_authority("at the end");
 }
 
-void Driver::finish_source() {
-  // In sync, whatever it takes.
+// In sync, whatever it takes.
+void Driver::level() {
   settle("to get in sync", [&] {
     if (w_.serving() != Serving::source) return true;
     const Status& s = w_.status();
@@ -80,11 +80,24 @@ void Driver::finish_source() {
         return false;
       default:
         return s.phase == Phase::in_sync && s.stale_bytes == 0 && s.copying_bytes == 0 &&
-               s.suspect_bytes == 0 && s.unreadable_bytes == 0;
+               s.buffered_bytes == 0 && s.suspect_bytes == 0 && s.unreadable_bytes == 0;
     }
   });
-  if (w_.serving() != Serving::source) return;
+}
 
+// In peace a verification must see a corrupt byte, and have it sent again.
+void Driver::find_corruption() {
+  settle("the disks' operations", [&] { return !w_.source().busy() && !w_.target().busy(); });
+  w_.target().corrupt();
+  const bool ok = issue_and_settle(w_.command(Verify{}), "to verify");
+  const bool complete = w_.last_message().find("compared") != std::string::npos;
+  require(!complete || !ok, "verify missed a difference: {}", w_.last_message());
+  level();
+}
+
+void Driver::finish_source() {
+  level();
+  if (w_.serving() == Serving::source && w_.setup().corruption) find_corruption();
   // By --switch it may already be under way; else it is ours to do.
   bool prepared = false;
   for (int tries = 0; tries < 5 && !prepared && w_.serving() == Serving::source; ++tries) {

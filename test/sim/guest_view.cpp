@@ -26,12 +26,12 @@ void GuestView::source_submitted(const mirror::DiskOp& op, Time now) {
   const auto it = std::find_if(open_.begin(), open_.end(), [&](const Request& r) {
     return r.command == op.command && r.range == op.range && !r.submitted;
   });
-  require(it != open_.end(), "source: {}, which no guest asked for", describe(op));
+  require(it != open_.end(), "source: {}, which no guest asked for", op);
   require(op.command != Command::write || op.payload.data() == it->payload.data(),
-          "source: {} with another payload than the guest's", describe(op));
+          "source: {} with another payload than the guest's", op);
   for (auto r = open_.begin(); r != it; ++r) {
     require(!is_write(r->command) || r->submitted || !r->range.overlaps(op.range),
-            "source: {} before an overlapping write that arrived earlier", describe(op));
+            "source: {} before an overlapping write that arrived earlier", op);
   }
   it->submitted = true;
   it->source_op = op.id;
@@ -73,8 +73,7 @@ void GuestView::judge_error(const Request& r, IoError error, const Authority& au
                (f.command == Command::flush || f.range.overlaps(r.range));
       });
   require(explained, "guest #{} {} {}: {}, which its disk never said (rule 1)",
-          static_cast<std::uint64_t>(r.id), to_string(r.command), describe(r.range),
-          to_string(error));
+          static_cast<std::uint64_t>(r.id), to_string(r.command), r.range, to_string(error));
 }
 
 void GuestView::judge_success(const Request& r, const mirror::Reply& reply,
@@ -101,10 +100,9 @@ void GuestView::judge_success(const Request& r, const mirror::Reply& reply,
             wrong.value_or(0));
   } else if (r.command == Command::read) {
     require(reply.data.size() == r.range.length(), "guest #{}: read {} gives {} bytes", number,
-            describe(r.range), reply.data.size());
+            r.range, reply.data.size());
     const auto wrong = oracle_.wrong(r.range, reply.data.data(), r.event);
-    require(!wrong, "guest #{}: read {} gives a wrong byte {}", number, describe(r.range),
-            wrong.value_or(0));
+    require(!wrong, "guest #{}: read {} gives a wrong byte {}", number, r.range, wrong.value_or(0));
   } else if (r.command == Command::block_status) {
     std::uint64_t length = 0;
     for (const auto& e : reply.extents) length += e.length;

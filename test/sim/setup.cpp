@@ -10,6 +10,10 @@ void choose_sizes(Setup& s, Prng& prng) {
   s.engine.source_align = prng.pick({1U, 1U, 512U, 4096U});
   s.engine.promised_block_min = prng.pick({1U, 1U, 1U, 512U, 4096U});
   s.target.block_min = prng.pick({1U, 1U, 512U, 512U, 4096U, 65536U});
+  // A pivot wants a target that keeps what the guest was promised.
+  if (prng.chance(1, 2)) {
+    s.target.block_min = std::min(s.target.block_min, s.engine.promised_block_min);
+  }
   // A size in whole blocks of everybody; else, often, one that ends within a 4 KiB block.
   const std::uint64_t blocks = prng.chance(1, 2) ? prng.between(1, 16) : prng.between(1, 64);
   std::uint64_t size = blocks * block_size_min;

@@ -20,16 +20,16 @@ SourceModel::SourceModel(const Setup& setup, Prng& prng)
 void SourceModel::check(const mirror::DiskOp& op) const {
   if (op.command == Command::flush) return;
   require(!op.range.empty() && op.range.end <= image.size(), "source: {} is not within the disk",
-          describe(op));
+          op);
   if (op.command == Command::write) {
-    require(op.payload.size() == op.range.length(), "source: {} carries {} bytes", describe(op),
+    require(op.payload.size() == op.range.length(), "source: {} carries {} bytes", op,
             op.payload.size());
   }
   if (!is_write(op.command)) return;
   const ByteRange wide = op.range.widened(setup_.engine.source_align);
   for (const auto& f : flights_) {
     require(!f.writes() || !f.op().range.widened(setup_.engine.source_align).overlaps(wide),
-            "source: {} while {} is in flight", describe(op), describe(f.op()));
+            "source: {} while {} is in flight", op, f.op());
   }
 }
 

@@ -48,42 +48,41 @@ void TargetModel::close(Time now) {
 
 void TargetModel::check(const mirror::DiskOp& op) const {
   const auto& info = setup_.target;
-  require(link_ == Link::up, "target: {} while it is not up", describe(op));
+  require(link_ == Link::up, "target: {} while it is not up", op);
   require(flights_.size() < living_ * setup_.window_ops,
-          "target: {} beyond the window's {} operations", describe(op),
-          living_ * setup_.window_ops);
-  if (op.fua) require(info.can_fua, "target: {} asks for FUA, which is not offered", describe(op));
-  require(!op.fast_only, "target: {} is fast only", describe(op));
+          "target: {} beyond the window's {} operations", op, living_ * setup_.window_ops);
+  if (op.fua) require(info.can_fua, "target: {} asks for FUA, which is not offered", op);
+  require(!op.fast_only, "target: {} is fast only", op);
   if (op.command == Command::flush) {
     require(info.can_flush, "target: flush is not offered");
     return;
   }
   require(!op.range.empty() && op.range.end <= image.size(), "target: {} is not within the disk",
-          describe(op));
-  require(op.range == op.range.widened(info.block_min), "target: {} is not in blocks of {}",
-          describe(op), info.block_min);
+          op);
+  require(op.range == op.range.widened(info.block_min), "target: {} is not in blocks of {}", op,
+          info.block_min);
   const std::uint64_t cost = window_cost(op);
-  require(cost <= info.payload_max, "target: {} is longer than {}", describe(op), info.payload_max);
+  require(cost <= info.payload_max, "target: {} is longer than {}", op, info.payload_max);
   require(cost == 0 || bytes_in_flight_ == 0 ||
               bytes_in_flight_ + cost <= living_ * setup_.window_bytes,
-          "target: {} beyond the window's {} bytes ({} in flight)", describe(op),
+          "target: {} beyond the window's {} bytes ({} in flight)", op,
           living_ * setup_.window_bytes, bytes_in_flight_);
   if (op.command == Command::write) {
-    require(op.payload.size() == op.range.length(), "target: {} carries {} bytes", describe(op),
+    require(op.payload.size() == op.range.length(), "target: {} carries {} bytes", op,
             op.payload.size());
   }
   if (op.command == Command::trim) {
-    fail("target: {}: a trim may leave anything behind (rule 9)", describe(op));
+    fail("target: {}: a trim may leave anything behind (rule 9)", op);
   }
   if (op.command == Command::zero) {
     const std::uint64_t limit =
         info.can_zero ? setup_.engine.limits.zero_piece_bytes : std::uint64_t{info.payload_max};
-    require(op.range.length() <= limit, "target: {} is longer than {}", describe(op), limit);
+    require(op.range.length() <= limit, "target: {} is longer than {}", op, limit);
   }
   const std::uint64_t align = std::max<std::uint64_t>(info.block_min, block_size_min);
   for (const auto& f : flights_) {
     require(!f.op().range.widened(align).overlaps(op.range.widened(align)),
-            "target: {} while {} is in flight", describe(op), describe(f.op()));
+            "target: {} while {} is in flight", op, f.op());
   }
 }
 
@@ -235,8 +234,7 @@ void TargetModel::write_back() {
 }
 
 void TargetModel::corrupt() {
-  const std::uint64_t unit = prng_.below(setup_.engine.size / unit_size + 1);
-  if (unit * unit_size >= setup_.engine.size) return;
+  const std::uint64_t unit = prng_.below((setup_.engine.size + unit_size - 1) / unit_size);
   image.corrupt(unit);
   corrupted_at_[unit] = event_;
 }

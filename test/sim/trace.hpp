@@ -52,3 +52,17 @@ class Trace {
 [[nodiscard]] std::string describe(ByteRange range);
 
 }  // namespace nbdferry::sim
+
+// So that a description costs nothing unless it is printed.
+template <>
+struct fmt::formatter<nbdferry::mirror::DiskOp> : fmt::formatter<std::string> {
+  auto format(const nbdferry::mirror::DiskOp& op, format_context& context) const {
+    return formatter<std::string>::format(nbdferry::sim::describe(op), context);
+  }
+};
+template <>
+struct fmt::formatter<nbdferry::ByteRange> : fmt::formatter<std::string> {
+  auto format(nbdferry::ByteRange range, format_context& context) const {
+    return formatter<std::string>::format(nbdferry::sim::describe(range), context);
+  }
+};

@@ -1,5 +1,7 @@
 #include "test/sim/world.hpp"
 
+#include <cstring>
+
 namespace nbdferry::sim {
 
 using namespace mirror;
@@ -224,13 +226,11 @@ void World::check_identical(const char* when, bool durable, bool but_open) {
   for (const bool medium : {false, true}) {
     if (medium && !durable) break;
     const std::byte* target = medium ? target_.image.durable() : target_.image.current();
-    if (std::equal(source.current(), source.current() + source.size(), target)) continue;
+    if (std::memcmp(source.current(), target, source.size()) == 0) continue;
     for (std::uint64_t u = 0; u < source.units(); ++u) {
       const ByteRange r = source.unit_range(u);
-      if (std::equal(source.current() + r.begin, source.current() + r.end, target + r.begin) ||
-          excused(u)) {
-        continue;
-      }
+      const bool same = std::memcmp(source.current() + r.begin, target + r.begin, r.length()) == 0;
+      if (same || excused(u)) continue;
       bool is_open = false;
       for (const auto& q : guest_.open()) {
         is_open = is_open || (but_open && is_write(q.command) && q.range.overlaps(r));
