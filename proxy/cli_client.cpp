@@ -22,31 +22,38 @@ using mirror::SwitchWhen;
 
 bool is_terminal() { return ::isatty(STDOUT_FILENO) == 1; }
 
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
 // The progress bar: redrawn in place on a terminal, a line a second elsewhere.
 class ProgressBar {
  public:
-  void show(const ExportStatus& status) {
-    if (!terminal_) {
-      fmt::print("{}\n", progress_line(status, 0));
-    } else {
-      fmt::print("\r{}\033[K", fitting_line(status));
-      drawn_ = true;
-    }
-    std::fflush(stdout);
-  }
-  // The last line stays, and what follows begins a new one.
-  void end() {
-    if (drawn_) fmt::print("\n");
-    drawn_ = false;
-    std::fflush(stdout);
-  }
-  ~ProgressBar() { end(); }
+  // How often to look; cheap enough for the end to be noticed at once.
+  static constexpr milliseconds period{50};
 
-  [[nodiscard]] std::chrono::milliseconds period() const {
-    return std::chrono::milliseconds(terminal_ ? 200 : 1000);
+  void show(const ExportStatus& status) {
+    if (Clock::now() < next_) return;
+    draw(status);
+    next_ = Clock::now() + milliseconds(terminal_ ? 200 : 1000);
+  }
+  void end(const ExportStatus& status) { draw(status); }
+  // The last line stays, and what follows begins a new one.
+  ~ProgressBar() {
+    if (drawn_) fmt::print("\n");
+    std::fflush(stdout);
   }
 
  private:
+  void draw(const ExportStatus& status) {
+    if (terminal_) {
+      fmt::print("\r{}\033[K", fitting_line(status));
+      drawn_ = true;
+    } else {
+      fmt::print("{}\n", progress_line(status, 0));
+    }
+    std::fflush(stdout);
+  }
+
   // A line that is wider than the terminal could not be drawn over.
   static std::string fitting_line(const ExportStatus& status) {
     constexpr unsigned bar_width = 24;
@@ -60,6 +67,7 @@ class ProgressBar {
 
   bool terminal_ = is_terminal();
   bool drawn_ = false;
+  Clock::time_point next_;
 };
 
 enum class WaitResult { goes_on, done, failed };
@@ -90,17 +98,14 @@ ControlError migration_failed(const mirror::Status& status) {
 
 void wait_for_migration(ControlClient& client, SwitchWhen wanted) {
   ProgressBar bar;
-  for (;;) {
-    const ExportStatus status = client.status();
+  ExportStatus status = client.status();
+  while (wait_result(status.core, wanted) == WaitResult::goes_on) {
     bar.show(status);
-    const WaitResult result = wait_result(status.core, wanted);
-    if (result == WaitResult::done) return;
-    if (result == WaitResult::failed) {
-      bar.end();
-      throw migration_failed(status.core);
-    }
-    std::this_thread::sleep_for(bar.period());
+    std::this_thread::sleep_for(ProgressBar::period);
+    status = client.status();
   }
+  bar.end(status);
+  if (wait_result(status.core, wanted) == WaitResult::failed) throw migration_failed(status.core);
 }
 
 // A target that can't be used is this command's failure, so wait until it has been reached.
@@ -111,7 +116,7 @@ void wait_for_connection(ControlClient& client) {
       throw migration_failed(status.core);
     }
     if (status.core.phase != Phase::connecting) return;
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::this_thread::sleep_for(milliseconds(20));
   }
 }
 
