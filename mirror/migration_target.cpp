@@ -206,6 +206,7 @@ void Migration::mirrored_done(const TargetOp& op, IoError error) {
   GuestOp* guest = guests_.find(*op.waiter);
   NBDFERRY_ASSERT(guest != nullptr && guest->pieces > 0, "the guest write of a piece is gone");
   --guest->pieces;
+  if (NBDFERRY_MUTANT(target_error_reaches_guest) && error != IoError::none) guest->result = error;
   context_.settle.push_back(guest->id);
 }
 

@@ -159,6 +159,7 @@ void Switchover::start_seal() {
 void Switchover::start_commit() {
   state_ = State::committing;
   m_.context().out->emplace_back(WriteRecord{kind_});
+  if (NBDFERRY_MUTANT(commit_before_record)) reached(State::committed);
 }
 
 void Switchover::reached(State state) {
