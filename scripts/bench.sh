@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Measures what nbdferry must reach, against its peers, in one run, as ratios. Installs and builds
+# what is missing first; leaves nothing behind but the build directory.
+set -euo pipefail
+# shellcheck source=scripts/deps.sh
+. "$(dirname "$0")/deps.sh"
+
+usage() {
+  cat <<'USAGE'
+usage: scripts/bench.sh [copy|link|memory|front]... [--runs N] [--dir DIR]
+
+  copy     idle copy of a 2 GiB disk over loopback TCP to nbdkit, against nbdcopy
+  link     1 GiB over a 1 Gb/s link under 2,000 random writes/s, against QEMU's mirror (needs root)
+  memory   resident memory under load, and how soon a disk of 16 TiB serves
+  front    4 KiB reads and writes, at depth 32 and 1, against qemu-nbd and nbdkit
+
+  --runs N   interleaved runs of each contender (default: 10, and 3 when nothing is named)
+  --dir DIR  where the disks lie (default: /dev/shm; 6 GiB are needed)
+
+Without a name: all of them. Each result is a line of the table at the end and a line of JSON:
+the median over the runs, the quartiles and the extremes. Contenders take turns, so that what else
+the machine does hits all of them; only ratios from the same run mean something.
+USAGE
+}
+
+names=()
+runs=
+dir=/dev/shm
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    copy | link | memory | front) names+=("$1") ;;
+    --runs | --dir)
+      [ $# -ge 2 ] || { usage >&2; exit 2; }
+      if [ "$1" = --runs ]; then runs=$2; else dir=$2; fi
+      shift
+      ;;
+    *)
+      usage >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+if [ ${#names[@]} -eq 0 ]; then
+  names=(copy link memory front)
+  runs=${runs:-3}
+fi
+
+install_for build test
+configure "$root/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo
+ninja -C "$root/build" -j2 --quiet nbdferry nbd_load raw_load
+export NBDFERRY=$root/build/proxy/nbdferry NBD_LOAD=$root/build/test/bench/nbd_load
+export RAW_LOAD=$root/build/test/bench/raw_load TMPDIR=$dir PYTHONDONTWRITEBYTECODE=1
+exec python3 "$root/test/bench/bench.py" --runs "${runs:-10}" "${names[@]}"

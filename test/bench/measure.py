@@ -1,0 +1,186 @@
+"""What the benches share: nbdferry with a clock on what it says, the target's server, processor
+time, and results. Standard library only; scratch directory and processes come from interop/ferry.py.
+
+A time ends where the program itself says so: the line in which `serve` reports the commit.
+"""
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "interop"))
+import ferry  # noqa: E402
+
+GIB = 1024 ** 3
+MIB = 1024 ** 2
+COMMITTED = "switched over"
+
+
+def say(text):
+    """Progress; the results alone go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass
+class Result:
+    bench: str
+    name: str
+    values: list  # one a run
+    unit: str = "ratio"
+    at_least: float | None = None
+    at_most: float | None = None
+    note: str = ""
+
+    def summary(self):
+        values = sorted(self.values)
+        low, high = values[0], values[-1]
+        quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else \
+            [low, low, high]
+        median = statistics.median(values)
+        reached = None
+        if self.at_least is not None:
+            reached = median >= self.at_least
+        if self.at_most is not None:
+            reached = median <= self.at_most
+        return {"bench": self.bench, "name": self.name, "unit": self.unit, "runs": len(values),
+                "median": round(median, 4), "q1": round(quartiles[0], 4),
+                "q3": round(quartiles[2], 4), "min": round(low, 4), "max": round(high, 4),
+                "at_least": self.at_least, "at_most": self.at_most, "reached": reached,
+                "note": self.note}
+
+
+def print_table(results):
+    print(f"\n{'bench':<7} {'result':<47} {'runs':>4} {'median':>9}  {'quartiles':^17}  "
+          f"{'min..max':^17}  wanted")
+    for r in (result.summary() for result in results):
+        wanted = ""
+        if r["reached"] is not None:
+            bound = f">= {r['at_least']:g}" if r["at_least"] is not None else f"<= {r['at_most']:g}"
+            wanted = bound + (" reached" if r["reached"] else " MISSED")
+        name = r["name"] + ("" if r["unit"] == "ratio" else f", {r['unit']}")
+        print(f"{r['bench']:<7} {name:<47} {r['runs']:>4} {r['median']:>9.3f}  "
+              f"{r['q1']:>8.3f}{r['q3']:>9.3f}  {r['min']:>8.3f}{r['max']:>9.3f}  {wanted}")
+        if r["note"]:
+            print(f"        ({r['note']})")
+
+
+def cpu_seconds(pid):
+    """Of all its threads, so far."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory_bytes(pid):
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("no VmHWM")
+
+
+class Lines:
+    """What a process says, line by line, each with the time at which it came."""
+
+    def __init__(self, stream):
+        self.lines = queue.SimpleQueue()
+        self.seen = []
+        threading.Thread(target=self._read, args=(stream,), daemon=True).start()
+
+    def _read(self, stream):
+        for line in stream:
+            self.lines.put((time.monotonic(), line.rstrip("\n")))
+        self.lines.put((time.monotonic(), None))
+
+    def wait_for(self, text, seconds):
+        """(time, line); None if it did not come in time."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                at, line = self.lines.get(timeout=max(0.001, end - time.monotonic()))
+            except queue.Empty:
+                return None
+            ferry.check(line is not None, f"a process ended early; it said {self.seen}")
+            self.seen.append(line)
+            if text in line:
+                return at, line
+
+
+class Serve:
+    """nbdferry serve on a disk that it owns, whatever earlier runs did to it."""
+
+    def __init__(self, scratch, disk, prefix=()):
+        forget(disk)
+        self.scratch, self.disk = scratch, disk
+        self.socket, self.control, self.uri = disk + ".sock", disk + ".ctl", \
+            ferry.unix_uri(disk + ".sock")
+        self.process = scratch.start("serve", [*prefix, ferry.NBDFERRY, "serve", disk],
+                                     stderr=subprocess.PIPE, text=True)
+        self.says = Lines(self.process.stderr)
+        ferry.check(self.says.wait_for(f"serving {disk}", 20), "nbdferry serve did not come up")
+
+    def command(self, name, *arguments, seconds=60):
+        return ferry.run_ok([ferry.NBDFERRY, name, "--control", self.control, *arguments], seconds)
+
+    def status(self):
+        return json.loads(self.command("status", "--json"))
+
+    def migrate_and_pivot(self, uri, seconds):
+        """Seconds from the command's start to the commit, or None."""
+        begin = time.monotonic()
+        self.command("migrate", "--switch", "pivot", uri)
+        end = self.says.wait_for(COMMITTED, seconds)
+        return end[0] - begin if end else None
+
+    def stop(self):
+        ferry.check(self.scratch.stop(self.process) == 0, "nbdferry serve failed")
+        forget(self.disk)
+
+
+def forget(disk):
+    """Without its record a disk is the owner again, ready for the next run."""
+    pathlib.Path(disk + ".owner").unlink(missing_ok=True)
+
+
+class Nbdkit:
+    """The target of every contender, with the same options for all."""
+
+    def __init__(self, scratch, *plugin, prefix=(), host="127.0.0.1"):
+        self.scratch = scratch
+        port = ferry.free_port()
+        self.uri = f"nbd://{host}:{port}"
+        self.process = scratch.start("nbdkit", [*prefix, "nbdkit", "-f", "-i", host, "-p",
+                                                str(port), *plugin])
+        ready = [*prefix, "nbdinfo", "--size", self.uri]
+        ferry.wait_until(lambda: ferry.run(ready).returncode == 0, "nbdkit")
+
+    def stop(self):
+        self.scratch.stop(self.process)
+
+
+def write_disk(path, size):
+    """No zeroes and no holes. The same 64 MiB again and again: nobody here compresses."""
+    piece = os.urandom(64 * MIB)
+    with open(path, "wb") as f:
+        for _ in range(size // len(piece)):
+            f.write(piece)
+    return path
+
+
+def fresh_target(path, size):
+    """Each contender finds the same: a new, sparse file."""
+    pathlib.Path(path).unlink(missing_ok=True)
+    with open(path, "wb") as f:
+        f.truncate(size)
+    return path
+
+
+def in_turn(contenders, run):
+    """Who goes first changes, so that nobody always runs in somebody's wake."""
+    contenders = list(contenders)
+    shift = run % len(contenders)
+    return contenders[shift:] + contenders[:shift]
