@@ -25,8 +25,7 @@ bool is_zero(std::span<const std::byte> bytes) {
 
 }  // namespace
 
-// --- choosing
-// -------------------------------------------------------------------------------------
+// --- choosing ---
 
 void Copier::start_copies() {
   while (!idle_ && copies_.size() < copies_max &&
@@ -132,8 +131,7 @@ bool Copier::start_one() {
   return true;
 }
 
-// --- arm, wait, read
-// ------------------------------------------------------------------------------
+// --- arm, wait, read ---
 
 void Copier::arm(ByteRange range, bool expect_hole) {
   Copy copy;
@@ -208,8 +206,7 @@ void Copier::read_failed(Copy& c, IoError error) {
   for (const auto& r : live) m_.mark_stale(r, "the source could not be read");
 }
 
-// --- pieces
-// ---------------------------------------------------------------------------------------
+// --- pieces ---
 
 void Copier::make_data_pieces(Copy& c, const Payload& data) {
   // Zeroes that are stored as data travel as zeroes, by the chunk.
@@ -359,8 +356,7 @@ void Copier::target_done(const TargetOp& op, const TargetDone& event) {
   if (const auto again = find(op.parent); again != copies_.end()) finish_if_done(again);
 }
 
-// --- the end of a copy
-// ----------------------------------------------------------------------------
+// --- the end of a copy ---
 
 void Copier::discard(ByteRange blocks) {
   for (auto it = copies_.begin(); it != copies_.end();) {

@@ -193,8 +193,7 @@ class EngineState {
   std::optional<Start> queued_start_;
 };
 
-// --- the guest's requests
-// -------------------------------------------------------------------------
+// --- the guest's requests ---
 
 void EngineState::on(GuestRequest&& request) {
   const OpId id = context_.new_op(OpKind::guest);
@@ -283,8 +282,7 @@ void EngineState::reply(GuestOp& op) {
   context_.out->emplace_back(std::move(r));
 }
 
-// --- after each event
-// -----------------------------------------------------------------------------
+// --- after each event ---
 
 void EngineState::after_event() {
   do {
@@ -332,8 +330,7 @@ void EngineState::on(Tick&&) {
   }
 }
 
-// --- operator
-// -------------------------------------------------------------------------------------
+// --- operator ---
 
 void EngineState::on(Start&& event) {
   std::string why;
@@ -389,8 +386,7 @@ Status EngineState::status() const {
   return s;
 }
 
-// --- the border
-// -----------------------------------------------------------------------------------
+// --- the border ---
 
 Engine::Engine(const EngineConfig& config) : state_(std::make_unique<EngineState>(config)) {}
 Engine::~Engine() = default;

@@ -1,15 +1,14 @@
 // What goes into the core (events) and what comes out (actions). Nothing else crosses its border.
 //
 // The contract with the edges (proxy/ in production, test/sim/ in the simulator):
-//  - apply() never suspends and is never re-entered: an edge that completes an action at once
-//  queues
+//  - apply() never suspends and is never re-entered: an edge that completes an action at once queues
 //    the completion and applies it after the current call has returned.
 //  - Every SubmitSource is answered by exactly one SourceDone, every SubmitTarget by exactly one
 //    TargetDone, in any order and after any time. A target operation on a connection that was lost
 //    is answered with IoError::lost; all of them are answered before TargetLost is applied.
-//  - The core never has overlapping operations of the guest's in flight on the source, nor any
-//    overlapping operations in flight on the target (ranges widened to the sides' alignments).
-//    A target FLUSH is to be sent at once; it covers what was answered before its submission, on
+//  - The core never has overlapping writes of the guest in flight on the source, nor any overlapping
+//    operations in flight on the target (ranges widened to the sides' alignments).
+//  - A target FLUSH is to be sent at once; it covers what was answered before its submission, on
 //    every living path that wrote.
 //  - Every GuestRequest is answered by exactly one Reply.
 #pragma once
@@ -24,8 +23,7 @@
 
 namespace nbdferry::mirror {
 
-// --- vocabulary
-// -----------------------------------------------------------------------------------
+// --- vocabulary ---
 
 enum class Mode : std::uint8_t { async, sync };
 
@@ -93,8 +91,7 @@ struct DiskOp {
   bool fast_only = false;  // zero: fail with not_supported rather than write zeroes slowly
 };
 
-// --- events
-// ---------------------------------------------------------------------------------------
+// --- events ---
 
 struct GuestRequest {
   RequestId id{};
@@ -200,8 +197,7 @@ using Event = std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, Targe
                            TargetRefused, TargetClosed, RecordWritten, Tick, Start, Pause, Resume,
                            Cancel, Verify, Prepare, Seal, Commit, Switch, Abort, Unfence, SetMode>;
 
-// --- actions
-// --------------------------------------------------------------------------------------
+// --- actions ---
 
 struct SubmitSource {
   DiskOp op;

@@ -33,8 +33,7 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, con
   context_.out->emplace_back(OpenTarget{});
 }
 
-// --- the link
-// -------------------------------------------------------------------------------------
+// --- the link ---
 
 std::string Migration::check_target(const TargetInfo& info) const {
   const std::uint64_t size = context_.config.size;
@@ -118,8 +117,7 @@ void Migration::mark_unflushed_stale(const char* why) {
 
 void Migration::target_refused(const std::string& reason) { end(Phase::failed, reason); }
 
-// --- the end
-// --------------------------------------------------------------------------------------
+// --- the end ---
 
 void Migration::end(Phase phase, const std::string& reason) {
   if (ended_) return;
@@ -158,8 +156,7 @@ void Migration::close_when_drained() {
   context_.out->emplace_back(CloseTarget{});
 }
 
-// --- operator
-// -------------------------------------------------------------------------------------
+// --- operator ---
 
 void Migration::pause(CommandId command) {
   if (switchover_.state() != Switchover::State::none) {
@@ -192,8 +189,7 @@ void Migration::set_mode(CommandId command, Mode mode) {
   context_.done(command, true);
 }
 
-// --- modes
-// ----------------------------------------------------------------------------------------
+// --- modes ---
 
 void Migration::enter_mode(Mode mode, const std::string& reason) {
   if (mode != mode_) context_.notice("mode " + std::string(to_string(mode)) + ": " + reason);
@@ -246,8 +242,7 @@ void Migration::leave_fallback() {
   }
 }
 
-// --- time and phases
-// ------------------------------------------------------------------------------
+// --- time and phases ---
 
 void Migration::expire_suspects() {
   if (suspects_.empty()) return;

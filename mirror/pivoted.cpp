@@ -22,8 +22,7 @@ Pivoted::Pivoted(Context& context, GuestOps& guests, const MigrateOptions& optio
   in_flight_.set_alignment(std::max<std::uint64_t>(block_size_min, info.block_min));
 }
 
-// --- requests
-// -------------------------------------------------------------------------------------
+// --- requests ---
 
 void Pivoted::submit(GuestOp& op) {
   if (!link_up_ && context_.now - lost_at_ >= options_.reconnect_delay) {
@@ -161,8 +160,7 @@ void Pivoted::pump() {
   }
 }
 
-// --- answers
-// --------------------------------------------------------------------------------------
+// --- answers ---
 
 void Pivoted::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
@@ -302,8 +300,7 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
   if (guest) complete(*guest, error);
 }
 
-// --- loss and replay
-// ------------------------------------------------------------------------------
+// --- loss and replay ---
 
 void Pivoted::target_lost(const std::string& reason) {
   link_up_ = false;

@@ -14,8 +14,7 @@ std::string milliseconds_text(Duration d) {
 
 }  // namespace
 
-// --- commands
-// -------------------------------------------------------------------------------------
+// --- commands ---
 
 std::string Switchover::obstacle() const {
   if (m_.ended()) return "no migration is running";
@@ -140,8 +139,7 @@ void Switchover::abort(CommandId command) {
   m_.context().done(command, true);
 }
 
-// --- steps
-// ----------------------------------------------------------------------------------------
+// --- steps ---
 
 void Switchover::start_prepare() {
   state_ = State::preparing;

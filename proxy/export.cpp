@@ -81,8 +81,7 @@ Time ExportImpl::now() const {
   return std::chrono::duration_cast<Time>(std::chrono::steady_clock::now().time_since_epoch());
 }
 
-// --- the loop
-// -------------------------------------------------------------------------------------
+// --- the loop ---
 
 void ExportImpl::post(mirror::Event&& event) {
   events_.push_back(std::move(event));
@@ -189,8 +188,7 @@ void ExportImpl::arm_ticks() {
   });
 }
 
-// --- sessions
-// -------------------------------------------------------------------------------------
+// --- sessions ---
 
 std::uint32_t ExportImpl::attach(ReplySink& sink, std::string_view migration) {
   const std::uint32_t number = ++last_session_;
@@ -231,8 +229,7 @@ void ExportImpl::submit(mirror::GuestRequest&& request) {
   post(std::move(request));
 }
 
-// --- the record
-// -----------------------------------------------------------------------------------
+// --- the record ---
 
 void ExportImpl::write_record(Ownership next, std::function<void(std::string)> done) {
   if (record_busy_) {
@@ -301,8 +298,7 @@ void ExportImpl::unfence(CommandHandler done) {
   });
 }
 
-// --- operator
-// -------------------------------------------------------------------------------------
+// --- operator ---
 
 CommandId ExportImpl::remember(CommandHandler done) {
   const CommandId id{++last_command_};

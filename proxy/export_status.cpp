@@ -91,8 +91,7 @@ ExportStatus ExportImpl::status() const {
   return s;
 }
 
-// --- stopping
-// -------------------------------------------------------------------------------------
+// --- stopping ---
 
 void ExportImpl::stop(std::function<void(std::string)> done) {
   stop_handler_ = std::move(done);
