@@ -34,7 +34,7 @@ inline constexpr std::size_t requests_in_flight_max = 256;
 // Bytes of reads and writes, counted in the same way; one request alone may always pass.
 inline constexpr std::uint64_t bytes_in_flight_max = 64ULL * 1024 * 1024;
 // One large receive: about thirty 4 KiB writes.
-inline constexpr std::size_t input_bytes = 128 * 1024;
+inline constexpr std::size_t input_bytes = 128UL * 1024;
 // Writes up to this size are copied once out of the input; larger ones are received in place.
 inline constexpr std::uint32_t copied_write_bytes_max = 16 * 1024;
 // What is read ahead behind a payload that is received in place: it has to be copied.
@@ -44,11 +44,11 @@ inline constexpr int receives_per_turn_max = 8;
 // Replies leave in batches of about this size: one large batch puts client and server in lockstep,
 // single replies cost a system call each (shared/FAST-PATH.md).
 inline constexpr std::size_t reply_batch_max = 8;
-inline constexpr std::size_t reply_batch_bytes = 32 * 1024;
+inline constexpr std::size_t reply_batch_bytes = 32UL * 1024;
 // Descriptors in one reply to BLOCK_STATUS.
 inline constexpr std::size_t extents_max = 8192;
 // What a client that has hung up may have left unread and is still looked at (rule 8).
-inline constexpr std::size_t last_words_bytes_max = 16 * 1024 * 1024;
+inline constexpr std::size_t last_words_bytes_max = 16UL * 1024 * 1024;
 // Unix sockets: a 1 MiB reply leaves in one piece. TCP sizes its buffers by itself.
 inline constexpr int unix_send_buffer_bytes = 4 * 1024 * 1024;
 
