@@ -91,9 +91,9 @@ void Migration::target_lost(const std::string& reason) {
   NBDFERRY_ASSERT(in_flight_.empty(), "the target was lost with operations unanswered");
   link_up_ = false;
   if (ended_) return;
-  last_error_ = "the target was lost: " + reason;
-  context_.notice(last_error_);
-  switchover_.give_up(last_error_);
+  const std::string what = "the target was lost: " + reason;
+  report_error(what);
+  switchover_.give_up(what);
   verifier_.stop("the target was lost");
   // No connection is left that is older than the loss: the server may have restarted (rule 7).
   mark_unflushed_stale("the target was lost");

@@ -103,6 +103,11 @@ class Migration {
   // Submits a flush of the target now if none is under way; its id, or nullopt.
   std::optional<OpId> flush_target();
   void end(Phase phase, const std::string& reason);
+  // For the log and the status.
+  void report_error(const std::string& what) {
+    last_error_ = what;
+    context_.notice(what);
+  }
   [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
   void count_copied(std::uint64_t sent, std::uint64_t zeroed) {
     copied_bytes_ += sent;

@@ -135,7 +135,7 @@ void Switchover::abort(CommandId command) {
     m_.context().done(command, false, "cannot abort: the switchover is decided");
     return;
   }
-  give_up("aborted");
+  if (state_ != State::none) leave("switchover aborted");
   m_.context().done(command, true);
 }
 
@@ -241,11 +241,15 @@ void Switchover::debt(const char* why) {
 
 void Switchover::give_up(const std::string& why) {
   if (state_ == State::none || decided()) return;
+  m_.report_error("switchover given up: " + why);
+  leave("switchover given up: " + why);
+}
+
+void Switchover::leave(const std::string& answer_text) {
   state_ = State::none;  // the engine sees that writes are no longer held, and runs them
   flush_.reset();
   auto_again_at_ = m_.context().now + auto_retry;
-  m_.context().notice("switchover given up: " + why);
-  answer(false, "switchover given up: " + why);
+  answer(false, answer_text);
   if (!m_.ended()) m_.restore_mode();
 }
 

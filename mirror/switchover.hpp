@@ -68,6 +68,7 @@ class Switchover {
   void start_commit();
   void reached(State state);
   void answer(bool ok, const std::string& message);
+  void leave(const std::string& answer_text);  // back to none
   void maybe_auto_switch();
 
   Migration& m_;

@@ -98,6 +98,7 @@ class Serving {
 int run_serve(const ServeCommand& command) {
   // A client that is gone is an error of its write, not the end of the process.
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);  // a write beyond a file size limit is an error of that write
   try {
     return Serving(command).run();
   } catch (const std::exception& e) {

@@ -19,11 +19,11 @@ class io_context;
 namespace nbdferry::proxy {
 
 struct ExportOptions {
-  std::string disk;          // path of a raw file or block device
-  std::string name;          // export name, "" by default
+  std::string disk;  // path of a raw file or block device
+  std::string name;  // export name, "" by default
   bool read_only = false;
-  bool direct = false;       // O_DIRECT
-  bool incoming = false;     // take writes only from a migration until promoted
+  bool direct = false;    // O_DIRECT
+  bool incoming = false;  // take writes only from a migration until promoted
   std::optional<std::uint64_t> create_size;
 };
 
@@ -52,9 +52,9 @@ struct ExportStatus {
   double guest_write_iops = 0;
   double guest_write_bytes_per_second = 0;
   double guest_read_iops = 0;
-  std::uint64_t guest_delay_us = 0;       // pacing in force
+  std::uint64_t guest_delay_us = 0;  // pacing in force
   std::optional<double> eta_seconds;
-  std::string verdict;                    // one line for a person
+  std::string verdict;  // one line for a person
   std::uint32_t guest_connections = 0;
 };
 
@@ -62,8 +62,21 @@ struct ExportStatus {
 using CommandHandler = std::function<void(bool ok, std::string message)>;
 
 enum class Verb : std::uint8_t {
-  pause, resume, cancel, verify, prepare, seal, commit_pivot, commit_release, switch_pivot,
-  switch_release, abort, promote, unfence, set_mode_async, set_mode_sync,
+  pause,
+  resume,
+  cancel,
+  verify,
+  prepare,
+  seal,
+  commit_pivot,
+  commit_release,
+  switch_pivot,
+  switch_release,
+  abort,
+  promote,
+  unfence,
+  set_mode_async,
+  set_mode_sync,
 };
 
 class Export : public Front {

@@ -14,9 +14,9 @@ namespace nbdferry::proxy {
 
 // What the handshake tells the guest (NBD protocol, "Transmission flags", NBD_INFO_BLOCK_SIZE).
 struct ExportInfo {
-  std::string name;                // "" is the default export; the session accepts "" for any name
+  std::string name;  // "" is the default export; the session accepts "" for any name
   std::string description;
-  std::uint64_t size = 0;          // bytes
+  std::uint64_t size = 0;  // bytes
   bool read_only = false;
   bool rotational = false;
   std::uint32_t block_min = 1;
