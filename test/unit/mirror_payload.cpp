@@ -1,0 +1,111 @@
+// Payload and Buffer: sharing, slices, alignment, reuse of storage.
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include <doctest/doctest.h>
+
+#include "mirror/payload.hpp"
+
+namespace nbdferry {
+
+namespace {
+
+Buffer filled(std::size_t size, int seed) {
+  Buffer b(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    b.data()[i] = static_cast<std::byte>(seed + static_cast<int>(i));
+  }
+  return b;
+}
+
+}  // namespace
+
+TEST_CASE("an empty payload has no bytes and no storage") {
+  const Payload p;
+  CHECK(p.empty());
+  CHECK(p.data() == nullptr);
+  CHECK(p.storage_bytes() == 0);
+  CHECK(Payload::copy_of({}).empty());
+}
+
+TEST_CASE("freezing keeps the bytes where they are and empties the buffer") {
+  Buffer b = filled(5000, 1);
+  const std::byte* at = b.data();
+  const Payload p = std::move(b).freeze(4000);
+  CHECK(p.data() == at);
+  CHECK(p.size() == 4000);
+  CHECK(b.data() == nullptr);  // NOLINT: the state after a move is the point
+}
+
+TEST_CASE("slices share storage and outlive what they were cut from") {
+  Payload rest;
+  {
+    const Payload whole = filled(8192, 7).freeze();
+    rest = whole.slice(4096, 100).slice(10, 20);
+    CHECK(rest.data() == whole.data() + 4106);
+    CHECK(rest.storage_bytes() == whole.storage_bytes());
+  }
+  REQUIRE(rest.size() == 20);
+  for (std::size_t i = 0; i < rest.size(); ++i) {
+    CHECK(rest.data()[i] == static_cast<std::byte>(7 + 4106 + static_cast<int>(i)));
+  }
+}
+
+TEST_CASE("storage is aligned for what O_DIRECT needs") {
+  for (const std::size_t size : {1, 512, 513, 4096, 5000, 16384, 16385, 262144, 1 << 20}) {
+    CAPTURE(size);
+    std::vector<Buffer> several;
+    for (int i = 0; i < 5; ++i) {
+      several.emplace_back(size);
+      const auto address = reinterpret_cast<std::uintptr_t>(several.back().data());
+      CHECK(address % (size >= 4096 ? 4096 : 512) == 0);
+    }
+  }
+}
+
+TEST_CASE("zeroes are zeroes, in reused storage as well") {
+  { const Payload dirt = filled(4096, 1).freeze(); }
+  const Payload p = Payload::zeroes(4096);
+  for (const std::byte b : p.bytes()) REQUIRE(b == std::byte{0});
+}
+
+// Against a naive twin: every payload has a plain copy of what it must hold.
+TEST_CASE("payloads stay as they were, whatever happens to others") {
+  std::mt19937 random(1);
+  struct Held {
+    Payload payload;
+    std::vector<std::byte> twin;
+  };
+  std::vector<Held> held;
+  for (int step = 0; step < 20'000; ++step) {
+    const auto dice = random() % 4;
+    if (dice == 0 || held.empty()) {
+      const std::size_t size = random() % (random() % 8 == 0 ? 100'000 : 5'000);
+      Payload p = filled(size, static_cast<int>(random() % 256)).freeze();
+      held.push_back({p, {p.bytes().begin(), p.bytes().end()}});
+      continue;
+    }
+    const std::size_t i = random() % held.size();
+    const std::size_t size = held[i].payload.size();
+    if (dice == 1 && size > 0) {
+      const std::size_t from = random() % size;
+      const std::size_t n = random() % (size - from + 1);
+      const auto begin = held[i].twin.begin() + static_cast<std::ptrdiff_t>(from);
+      std::vector<std::byte> twin(begin, begin + static_cast<std::ptrdiff_t>(n));
+      held.push_back({held[i].payload.slice(from, n), std::move(twin)});
+    } else if (dice == 2) {
+      held[i] = held[random() % held.size()];
+    } else {
+      held.erase(held.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    if (held.size() > 200) held.erase(held.begin(), held.begin() + 100);
+    if (step % 500 != 0) continue;
+    for (const auto& h : held) {
+      REQUIRE(h.payload.size() == h.twin.size());
+      REQUIRE((h.twin.empty() || std::memcmp(h.payload.data(), h.twin.data(), h.twin.size()) == 0));
+    }
+  }
+}
+
+}  // namespace nbdferry
