@@ -28,7 +28,7 @@ bool is_zero(std::span<const std::byte> bytes) {
 // --- choosing ---
 
 void Copier::start_copies() {
-  while (!idle_ && copies_.size() < copies_max &&
+  while (!idle_ && m_.map().stale_bytes() != 0 && copies_.size() < copies_max &&
          cost_ < m_.context().config.limits.copy_window_bytes) {
     if (!start_one()) return;
   }
@@ -38,10 +38,15 @@ std::optional<ByteRange> Copier::readable_part(ByteRange run) {
   // Leave out what could not be read, until it is time to try again.
   const bool skip =
       m_.options().skip_unreadable && m_.switchover().state() != Switchover::State::none;
-  for (const auto& [begin, u] : unreadable_) {
-    if ((u.retry_at <= m_.context().now && !skip) || !run.overlaps({begin, u.end})) continue;
+  auto it = unreadable_.upper_bound(run.begin);
+  if (it != unreadable_.begin()) --it;
+  for (; it != unreadable_.end() && it->first < run.end; ++it) {
+    const auto& [begin, u] = *it;
+    const bool due = u.retry_at <= m_.context().now && !skip;
+    if (due || !run.overlaps({begin, u.end})) continue;
     if (begin <= run.begin) return std::nullopt;
     run.end = begin;
+    break;
   }
   const std::uint64_t chunk = run.begin / chunk_size;
   if (bisected_.contains(chunk))
@@ -50,7 +55,8 @@ std::optional<ByteRange> Copier::readable_part(ByteRange run) {
 }
 
 std::optional<ByteRange> Copier::next_run() {
-  const std::uint64_t limit = m_.context().config.limits.probe_bytes;
+  const auto& limits = m_.context().config.limits;
+  const std::uint64_t limit = after_data_ ? limits.copy_bytes : limits.probe_bytes;
   const std::uint64_t start = cursor_;
   for (bool wrapped = false;;) {
     const auto run = m_.map().next_stale(cursor_, limit);
@@ -120,6 +126,7 @@ bool Copier::start_one() {
   if (!part) return false;
   const auto& limits = m_.context().config.limits;
   auto [range, hole] = *part;
+  after_data_ = !hole;
   if (hole_bytes_ == 0) hole_bytes_ = limits.zero_piece_bytes;
   const std::uint64_t length_max =
       hole ? std::min(hole_bytes_, limits.probe_bytes) : limits.copy_bytes;

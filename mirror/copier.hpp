@@ -60,6 +60,13 @@ class Copier {
   [[nodiscard]] bool active() const { return !copies_.empty(); }
   [[nodiscard]] bool has_work() const { return !copies_.empty() || !idle_; }
   [[nodiscard]] std::uint64_t unreadable_bytes() const;
+  // These blocks are being written: try to read them again. Returns whether any was unreadable.
+  bool forget_unreadable(ByteRange blocks) {
+    if (unreadable_.empty()) return false;
+    return std::erase_if(unreadable_, [&](const auto& u) {
+             return blocks.overlaps({u.first, u.second.end});
+           }) != 0;
+  }
   [[nodiscard]] std::uint64_t unreadable_stale_bytes() const;
   void check_invariants() const;
 
@@ -103,7 +110,8 @@ class Copier {
   Copies copies_;
   std::uint64_t cost_ = 0;
   std::uint64_t cursor_ = 0;
-  bool idle_ = false;  // a whole round found nothing to copy
+  bool after_data_ = false;  // the last copy was of data: no need to look far for a hole
+  bool idle_ = false;        // a whole round found nothing to copy
   std::uint64_t hole_bytes_ =
       0;  // longest copy of a hole; grows while the target proves to be zero
 

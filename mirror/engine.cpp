@@ -109,13 +109,17 @@ class EngineState {
   }
   void on(TargetRefused&& event) {
     if (pivoted_) {
-      pivoted_->target_lost(event.reason);
+      pivoted_->target_refused(event.reason);
     } else if (migration_) {
       migration_->target_refused(event.reason);
     }
   }
   void on(TargetClosed&&) {
-    if (migration_) migration_->target_closed();
+    if (pivoted_) {
+      pivoted_->target_refused("the connections were closed");
+    } else if (migration_) {
+      migration_->target_closed();
+    }
     if (queued_start_) start(*std::exchange(queued_start_, std::nullopt));
   }
   void on(RecordWritten&& event);
@@ -310,6 +314,8 @@ void EngineState::switched_over() {
     serving_ = Serving::target;
     pivoted_ = std::make_unique<Pivoted>(context_, guests_, migration_->options(),
                                          migration_->info(), migration_->window());
+    if (!migration_->link_up()) pivoted_->target_lost("during the commit");
+    migration_->verifier().stop("switched over");
     context_.notice("switched over: the target serves from now on");
   } else {
     serving_ = Serving::nobody;

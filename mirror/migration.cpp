@@ -55,7 +55,7 @@ std::string Migration::check_target(const TargetInfo& info) const {
 void Migration::target_up(const TargetUp& event) {
   if (ended_) return;
   if (const std::string why = check_target(event.info); !why.empty()) {
-    end(Phase::failed, why);
+    target_refused(why);
     return;
   }
   info_ = event.info;
@@ -115,7 +115,14 @@ void Migration::mark_unflushed_stale(const char* why) {
   }
 }
 
-void Migration::target_refused(const std::string& reason) { end(Phase::failed, reason); }
+void Migration::target_refused(const std::string& reason) {
+  // The record may be on its way to the disk: it is too late to fail.
+  if (switchover_.decided()) {
+    report_error("the target was refused during the commit: " + reason);
+    return;
+  }
+  end(Phase::failed, reason);
+}
 
 // --- the end ---
 
@@ -278,8 +285,10 @@ void Migration::pump() {
   if (!ended_) {
     try_to_start();
     if (mirroring() && !holds_writes() && context_.now >= retry_at_) copier_.start_copies();
-    dispatch();
+    // Flushes first: writes would take each place in the window as it becomes free.
     maybe_flush();
+    switchover_.advance();
+    dispatch();
     verifier_.finish_if_done();
     update_in_sync();
     switchover_.advance();

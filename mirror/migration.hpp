@@ -103,6 +103,7 @@ class Migration {
   // Submits a flush of the target now if none is under way; its id, or nullopt.
   std::optional<OpId> flush_target();
   void end(Phase phase, const std::string& reason);
+  void switch_manually() { options_.switch_when = SwitchWhen::manual; }
   // For the log and the status.
   void report_error(const std::string& what) {
     last_error_ = what;

@@ -43,6 +43,8 @@ void Migration::classify(GuestOp& op) {
                       (NBDFERRY_MUTANT(armed_is_not_mirrored) && s == BlockState::armed);
     if (!skip) op.mirrored.push_back(r);
   });
+  // A write may mend what could not be read: it counts as debt again, and ends what ignored it.
+  if (copier_.forget_unreadable(blocks)) mark_stale(blocks, "a write to an unreadable block");
   if (op.mirrored.empty() || mode_ != Mode::sync) return;
   op.waits_for_target = true;
   if (!can_queue_early(op)) return;
@@ -63,6 +65,11 @@ bool Migration::can_queue_early(const GuestOp& op) const {
 
 void Migration::source_answered(GuestOp& op, IoError error, bool changed) {
   if (!map_ || ended_) return;
+  if (op.fast_zero && error == IoError::not_supported) {
+    op.mirrored.clear();  // refused before anything changed
+    release_waiter(op);
+    return;
+  }
   if (error != IoError::none) {
     // What it changed is unknown: the copier finds out (rule 7).
     if (!NBDFERRY_MUTANT(failed_write_not_stale)) {

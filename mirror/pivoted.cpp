@@ -12,6 +12,9 @@ namespace nbdferry::mirror {
 namespace {
 
 constexpr Duration replay_retry = std::chrono::milliseconds(200);
+constexpr Duration reopen_pause = std::chrono::seconds(1);
+// Of a retained write beside its data, so that zeroes are bounded, too.
+constexpr std::uint64_t retained_overhead = 128;
 
 }  // namespace
 
@@ -109,6 +112,8 @@ bool Pivoted::try_pieces(GuestOp& op, Request& request) {
     const bool room = in_flight_.has_room(data ? piece.length() : 0);
     if (!room || in_flight_.conflict(piece)) return false;
     submit_piece(op, request, piece);
+    // Status may be answered for a part: the first is enough.
+    if (op.command == Command::block_status) request.sent_until = op.range.end;
   }
   return true;
 }
@@ -242,7 +247,7 @@ void Pivoted::retain(const GuestOp& op, ByteRange piece) {
     std::erase_if(retained_, [&](const Retained& r) {
       if (!piece.contains(r.range) || r.replaying) return false;
       if (r.failed) --failed_;
-      retained_bytes_ -= r.payload.size();
+      retained_bytes_ -= retained_overhead + r.payload.size();
       return true;
     });
   }
@@ -257,7 +262,7 @@ void Pivoted::retain(const GuestOp& op, ByteRange piece) {
   // An older write of the same range may be about to be written again: then so must this one.
   r.replaying = replays_left_ != 0;
   if (r.replaying) ++replays_left_;
-  retained_bytes_ += r.payload.size();
+  retained_bytes_ += retained_overhead + r.payload.size();
   retained_.push_back(std::move(r));
 }
 
@@ -272,7 +277,7 @@ void Pivoted::release(std::uint64_t up_to) {
       kept.push_back(r.range);
       return false;
     }
-    retained_bytes_ -= r.payload.size();
+    retained_bytes_ -= retained_overhead + r.payload.size();
     return true;
   });
 }
@@ -309,10 +314,18 @@ void Pivoted::target_lost(const std::string& reason) {
   context_.notice(last_error_ + " (requests wait for it)");
 }
 
+void Pivoted::target_refused(const std::string& reason) {
+  if (link_up_) target_lost(reason);
+  last_error_ = reason;
+  reopen_at_ = context_.now + reopen_pause;
+}
+
 void Pivoted::target_up(const TargetUp& event) {
-  if (event.info.size < context_.config.size || event.info.read_only || !event.info.can_flush) {
+  if (event.info.size < context_.config.size || event.info.read_only || !event.info.can_flush ||
+      event.info.block_min != info_.block_min) {
     last_error_ = "the target came back as another export: smaller, read-only or without flush";
     context_.notice(last_error_);
+    context_.out->emplace_back(CloseTarget{});
     return;
   }
   info_ = event.info;
@@ -392,6 +405,10 @@ void Pivoted::fail_pending() {
 }
 
 void Pivoted::tick() {
+  if (reopen_at_ && context_.now >= *reopen_at_) {
+    reopen_at_.reset();
+    context_.out->emplace_back(OpenTarget{});
+  }
   if (!link_up_ && context_.now - lost_at_ >= options_.reconnect_delay) fail_pending();
   if (failed_ != 0 && serving() && context_.now >= retry_at_) {
     retry_at_ = context_.now + replay_retry;

@@ -28,6 +28,8 @@ class Pivoted {
   void target_up(const TargetUp& event);
   void target_window(const TargetWindow& event);
   void target_lost(const std::string& reason);
+  // It will not be tried again by itself: ask for it.
+  void target_refused(const std::string& reason);
   void target_done(TargetDone&& event);
   void tick();
   void pump();
@@ -90,6 +92,7 @@ class Pivoted {
 
   bool link_up_ = true;
   Time lost_at_{0};
+  std::optional<Time> reopen_at_;
   std::string last_error_;
   TargetOps in_flight_;
   std::deque<OpId> pending_;  // guest requests with something to send, in order

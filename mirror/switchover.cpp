@@ -135,6 +135,7 @@ void Switchover::abort(CommandId command) {
     m_.context().done(command, false, "cannot abort: the switchover is decided");
     return;
   }
+  m_.switch_manually();  // else --switch would begin it anew
   if (state_ != State::none) leave("switchover aborted");
   m_.context().done(command, true);
 }

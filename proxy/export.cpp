@@ -34,7 +34,15 @@ std::unique_ptr<Export> Export::open(boost::asio::io_context& io, const ExportOp
   if (!place.note.empty()) log_line(place.note);
   OwnerRecord record = OwnerRecord::load(place.path, options.disk);
   if (!record.note().empty()) log_line(record.note());
-  if (options.incoming && record.current().role != Role::incoming) {
+  const Ownership& recorded = record.current();
+  if (options.incoming && recorded.role == Role::owner && recorded.generation != 0) {
+    // A restart with yesterday's command line must not lay a promoted disk open to be overwritten.
+    throw std::runtime_error(fmt::format(
+        "cannot serve {} as incoming: {} records that this disk counts: serve it without "
+        "--incoming, or remove the record to have the disk overwritten",
+        options.disk, record.path()));
+  }
+  if (options.incoming && recorded.role != Role::incoming) {
     Ownership next;
     next.role = Role::incoming;
     record.write(std::move(next));
@@ -127,6 +135,10 @@ void ExportImpl::on(mirror::Reply&& a) {
 }
 
 void ExportImpl::on(mirror::OpenTarget&&) {
+  if (target_) {
+    target_->open();  // the same target once more
+    return;
+  }
   transport::TargetConfig config;
   config.uris = request_.uris;
   config.connections = request_.connections;
@@ -315,9 +327,11 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
     done(false, fmt::format("cannot migrate: the disk is {}", to_string(ownership_.role)));
     return;
   }
-  const mirror::Phase phase = engine_->status().phase;
-  const bool may_start = phase == mirror::Phase::idle || phase == mirror::Phase::failed ||
-                         phase == mirror::Phase::cancelled;
+  const mirror::Status core = engine_->status();
+  using mirror::Phase;
+  const bool ended = core.phase == Phase::idle || core.phase == Phase::failed ||
+                     core.phase == Phase::cancelled || core.phase == Phase::switched;
+  const bool may_start = ended && core.serving == mirror::Serving::source;
   if (may_start) {
     try {
       // A malformed URI is found before anything starts.

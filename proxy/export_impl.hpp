@@ -77,6 +77,7 @@ class ExportImpl final : public Export {
 
   void stop_when_quiet();
   void stop_flushed(IoError error);
+  void stop_when_flushed();
   void stop_when_closed();
 
   boost::asio::io_context& io_;
@@ -116,6 +117,7 @@ class ExportImpl final : public Export {
   std::function<void(std::string)> stop_handler_;
   Time stop_deadline_{0};
   std::string stop_error_;
+  bool stop_was_flushed_ = false;
 };
 
 }  // namespace nbdferry::proxy

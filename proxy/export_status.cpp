@@ -1,7 +1,6 @@
 // Export: what it tells the operator, and how it stops.
 #include <algorithm>
 
-#include <boost/asio/post.hpp>
 #include <fmt/format.h>
 
 #include "proxy/export_impl.hpp"
@@ -112,20 +111,32 @@ void ExportImpl::stop_when_quiet() {
   flush.id = make_request_id(internal_session, 0);
   flush.command = Command::flush;
   post(std::move(flush));
+  stop_when_flushed();
 }
 
-void ExportImpl::stop_flushed(IoError error) {
-  if (error != IoError::none && error != IoError::shutdown && !options_.read_only) {
-    stop_error_ = fmt::format("the disk could not be flushed: {}", to_string(error));
-  }
-  boost::asio::post(io_, [this] {
+void ExportImpl::stop_when_flushed() {
+  if (stop_was_flushed_) {
     if (engine_->status().serving != mirror::Serving::target) {
       command(Verb::cancel, [](bool, const std::string&) {});
     } else if (target_) {
       target_->close();
     }
     stop_when_closed();
-  });
+    return;
+  }
+  if (now() >= stop_deadline_) {
+    stop_error_ = "the disk's flush was not answered in 60 s";
+    stop_was_flushed_ = true;
+  }
+  stop_timer_.expires_after(stop_poll);
+  stop_timer_.async_wait([this](const boost::system::error_code&) { stop_when_flushed(); });
+}
+
+void ExportImpl::stop_flushed(IoError error) {
+  if (error != IoError::none && error != IoError::shutdown && !options_.read_only) {
+    stop_error_ = fmt::format("the disk could not be flushed: {}", to_string(error));
+  }
+  stop_was_flushed_ = true;
 }
 
 void ExportImpl::stop_when_closed() {

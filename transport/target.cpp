@@ -312,6 +312,8 @@ void State::drop_slots() {
 }
 
 void State::close() {
+  // First: what is answered lost here is not to be sent again.
+  outbox_.emplace_back(mirror::TargetWindow{0, 0});
   drop_slots();
   phase_ = Phase::closed;
   last_word_ = mirror::TargetClosed{};
