@@ -34,6 +34,10 @@ class DiskImage {
   [[nodiscard]] const std::byte* current() const { return current_.data(); }
   [[nodiscard]] const std::byte* durable() const { return durable_.data(); }
 
+  [[nodiscard]] bool dirty(std::uint64_t unit) const {
+    return durable_versions_[unit] != current_versions_[unit];
+  }
+
   // Initial content: current and durable alike.
   void preset(ByteRange range, std::uint64_t stamp);
   // Changes a byte of a unit behind everybody's back, on the medium too.

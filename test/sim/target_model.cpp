@@ -14,6 +14,7 @@ void TargetModel::renew() {
   image = DiskImage(setup_.target.size);
   corrupted_at_.assign(image.units(), 0);
   haunted_at_.assign(image.units(), 0);
+  was_haunted_.assign(image.units(), false);
   zombies_.clear();
   if (prng_.chance(1, 2)) return;
   for (std::uint64_t at = 0; at < image.size(); at += block_size_min) {
@@ -131,7 +132,9 @@ void TargetModel::written(const Flight& flight) {
     if (!range.contains(image.unit_range(u))) continue;
     // What came while it was in flight may have come after it.
     if (corrupted_at_[u] < flight.event) corrupted_at_[u] = 0;
-    if (haunted_at_[u] < flight.event) haunted_at_[u] = 0;
+    if (haunted_at_[u] == 0 || haunted_at_[u] >= flight.event) continue;
+    haunted_at_[u] = 0;
+    was_haunted_[u] = true;
   }
 }
 

@@ -66,8 +66,10 @@ class TargetModel {
   // A complete verification began at `event`: what was corrupt before it counts as found.
   void verified(std::uint64_t event);
   void set_event(std::uint64_t event) { event_ = event; }
-  // A zombie wrote there and nobody has since.
-  [[nodiscard]] bool haunted(std::uint64_t unit) const { return haunted_at_[unit] != 0; }
+  // A zombie wrote there, and nobody has since, or not yet durably: the core cannot know of it.
+  [[nodiscard]] bool haunted(std::uint64_t unit) const {
+    return haunted_at_[unit] != 0 || (was_haunted_[unit] && image.dirty(unit));
+  }
 
   DiskImage image;
 
@@ -104,6 +106,7 @@ class TargetModel {
   // The event in which a unit was corrupted, or written by a zombie; 0: not.
   std::vector<std::uint64_t> corrupted_at_;
   std::vector<std::uint64_t> haunted_at_;
+  std::vector<bool> was_haunted_;
 };
 
 }  // namespace nbdferry::sim
