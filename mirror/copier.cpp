@@ -265,7 +265,9 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
     hint_begin_ = hint_end_ = 0;
     cursor_ = std::min(cursor_, data[0].begin);
   }
-  for (const auto& d : data) m_.mark_stale(d, "a hole turned out to be data");
+  for (const auto& d : data) {
+    for (const auto& r : intersection(c.live, d)) m_.mark_stale(r, "a hole turned out to be data");
+  }
   for (const auto& h : holes) {
     for (const auto& r : intersection(c.live, h)) zero_range(c, r);
   }

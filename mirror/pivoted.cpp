@@ -228,7 +228,6 @@ void Pivoted::guest_done(const TargetOp& op, TargetDone&& event) {
 // A late write of a lost connection may stand on the target, or a replay may have failed: what we
 // retain is what was written.
 void Pivoted::overlay(ByteRange range, std::byte* data) const {
-  if (!may_differ(range)) return;
   for (const auto& r : retained_) {
     if (!r.range.overlaps(range)) continue;
     const ByteRange part = r.range.intersect(range);
@@ -300,6 +299,10 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
   }
   if (error == IoError::lost) {
     if (guest) pending_.push_front(*guest);
+    return;
+  }
+  if (guest && error == IoError::none && (replays_left_ != 0 || failed_ != 0)) {
+    pending_.push_front(*guest);  // what is being written again may stand on the medium half done
     return;
   }
   if (guest) complete(*guest, error);
@@ -418,6 +421,12 @@ void Pivoted::tick() {
   const bool over = std::any_of(quarantines_.begin(), quarantines_.end(),
                                 [&](const Quarantine& q) { return q.until <= context_.now; });
   if (!over) return;
+  // A write that is under way may have been done before something late landed on it: do it again.
+  in_flight_.for_each([&](const TargetOp& o) {
+    if (o.kind == OpKind::guest && is_write(o.command) && in_quarantine(o.range)) {
+      requests_.at(o.parent).again = true;
+    }
+  });
   // Nothing late can land any more: put what was written on top of what may have landed.
   start_replay(false);
   std::erase_if(quarantines_, [&](const Quarantine& q) { return q.until <= context_.now; });

@@ -150,6 +150,7 @@ void Switchover::start_prepare() {
 }
 
 void Switchover::start_seal() {
+  m_.verifier().stop("a switchover began");  // what it found from now on would come too late
   state_ = State::sealing;
   hold_since_ = m_.context().now;
   flush_.reset();
