@@ -14,7 +14,7 @@ import tempfile
 
 from guest_check import (Wrong, check_disks, file_content,  # noqa: F401 (offered from here)
                          raw_content)
-from guest_console import Console  # noqa: F401
+from guest_console import Console, GuestError  # noqa: F401
 
 META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_pci", "virtio_blk")  # and what they need; ext4 and the serial port are built in

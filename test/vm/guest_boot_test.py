@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """ctest vm.guest: the guest, two QEMUs on the same plain files, and a move between them: without
-nbdferry, so that what fails here is the guest's or QEMU's. Then a guest whose QEMU is killed.
+nbdferry, so that what fails here is the guest's or QEMU's. Then a guest whose QEMU is killed, and one
+whose disk is scribbled on.
 
 Skipped (exit code 77) where QEMU or the kernel's package can't be had.
 """
@@ -138,6 +139,25 @@ def killed(boot, directory):
         print(f"killed after records {console.last.a} and {console.last.b}")
 
 
+def scribbled(boot, directory):
+    """Somebody else writes to disk B: the guest must see it, or its silence means nothing."""
+    disks = guest.make_disks(directory, a_mib=64, b_mib=16, seed=3)
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(guest.Console(seed=disks.seed))
+        arguments = guest.qemu_arguments(boot, console.listen(f"{directory}/scribbled"), seed=3)
+        stack.enter_context(contextlib.closing(Machine(directory, "scribbled", arguments, disks)))
+        console.wait_up()
+        console.wait_progress(records=300)
+        with open(disks.b, "r+b") as f:
+            f.write(b"\x5a" * 16 * guest.MIB)
+        try:
+            console.wait_progress(records=1000)
+        except guest.GuestError as error:
+            print(f"scribbled on: {error}")
+            return
+        raise AssertionError("the guest did not notice that its disk was overwritten")
+
+
 def main():
     with tempfile.TemporaryDirectory(prefix="nbdferry-test-") as directory:
         try:
@@ -146,6 +166,7 @@ def main():
             guest.skip(why)
         moved(boot, directory)
         killed(boot, directory)
+        scribbled(boot, directory)
     return 0
 
 

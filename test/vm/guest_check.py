@@ -9,6 +9,7 @@ also hold a later record, one that belongs there; never an earlier one. After a 
 was there before (virtio and NBD promise no more; that it then stays so, the guest checks itself).
 """
 import array
+import functools
 import math
 import pathlib
 import random
@@ -71,11 +72,12 @@ def raw_content(size, seed):
             yield offset, dice.randbytes(min(MIB, size - offset))
 
 
+@functools.lru_cache(maxsize=2)
 def file_content(seed):
     """(name, bytes) of disk A's files."""
     dice = random.Random(f"disk a {seed}")
-    for number in range(12):
-        yield f"before-{number}", dice.randbytes(dice.randrange(1, 2 * MIB))
+    return [(f"before-{number}", dice.randbytes(dice.randrange(1, 2 * MIB)))
+            for number in range(12)]
 
 
 class RawDisk:
@@ -148,7 +150,7 @@ class RawDisk:
 
 def check_raw(path, seed, floor, ahead=0):
     """Disk B. Raises Wrong."""
-    faults = {}  # (slot, expected, found): sectors
+    faults = {}  # (slot, expected): [(sector, found)]
     with open(path, "rb") as f:
         disk = RawDisk(f.seek(0, 2), seed, floor)
         f.seek(0)
@@ -158,10 +160,12 @@ def check_raw(path, seed, floor, ahead=0):
                 index = slot * SLOT_SECTORS + i
                 fault = disk.fault(index, data[i * SECTOR:(i + 1) * SECTOR], ahead)
                 if fault:
-                    faults.setdefault((slot, *fault), []).append(i)
+                    expected, found = fault
+                    faults.setdefault((slot, expected), []).append((i, found))
     if faults:
-        shown = [f"slot {slot}, sectors {min(at)} to {max(at)} ({len(at)}): expected {expected}, "
-                 f"found {found}" for (slot, expected, found), at in list(faults.items())[:SHOWN]]
+        shown = [f"slot {slot}, {len(at)} sectors from {at[0][0]} to {at[-1][0]}: expected "
+                 f"{expected}, found {' and '.join(list(dict.fromkeys(f for _, f in at))[:SHOWN])}"
+                 for (slot, expected), at in list(faults.items())[:SHOWN]]
         raise Wrong(f"disk B, records up to {floor} must be there, {len(faults)} places are wrong:\n"
                     + "\n".join(shown))
 

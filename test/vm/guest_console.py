@@ -8,16 +8,19 @@ stopped, so the jump between the two is how long it was.
 """
 import collections
 import contextlib
+import math
 import os
 import re
 import selectors
 import socket
+import statistics
 import threading
 import time
 
 Progress = collections.namedtuple("Progress", "acknowledged synced")
 Status = collections.namedtuple(
     "Status", "host t_ms a b gap_us write_a sync_a write_b sync_b")
+Qemu = collections.namedtuple("Qemu", "number connected")
 STATUS = re.compile(r"t=(\d+) a=(\d+),(\d+) b=(\d+),(\d+) gap_us=(\d+)"
                     r" write_a=([\d,]+) sync_a=([\d,]+) write_b=([\d,]+) sync_b=([\d,]+)")
 WINDOW = 4  # status lines: the least delayed of so many counts
@@ -45,6 +48,7 @@ class Console:
         self.done = None  # (last record on A, on B) after a clean stop
         self._partial = b""
         self._live = None  # the connection that spoke last
+        self._open, self._ended = 0, 0  # QEMUs that may still speak, and that no longer will
         self._changed = threading.Condition()
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -72,20 +76,24 @@ class Console:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(path)
         listener.listen(1)
-        self._selector.register(listener, selectors.EVENT_READ, "listener")
+        with self._changed:
+            self._open += 1
+            number = self._open + self._ended
+        self._selector.register(listener, selectors.EVENT_READ, Qemu(number, connected=False))
         return path
 
     def _read(self):
         while self._running:
             # In the order in which they came: the earlier QEMU's last bytes go before the later's.
             ready = sorted((key for key, _ in self._selector.select(timeout=0.1)),
-                           key=lambda key: key.fd)
+                           key=lambda key: key.data.number)
             for key in ready:
-                if key.data == "listener":
+                if not key.data.connected:
                     connection, _ = key.fileobj.accept()
                     self._selector.unregister(key.fileobj)
                     key.fileobj.close()
-                    self._selector.register(connection, selectors.EVENT_READ, "connection")
+                    self._selector.register(connection, selectors.EVENT_READ,
+                                            key.data._replace(connected=True))
                     continue
                 try:
                     data = key.fileobj.recv(65536)
@@ -97,6 +105,7 @@ class Console:
                     self._selector.unregister(key.fileobj)
                     key.fileobj.close()
                     with self._changed:
+                        self._open, self._ended = self._open - 1, self._ended + 1
                         if self._live is key.fileobj:
                             self._live = None
                         self._changed.notify_all()
@@ -140,9 +149,11 @@ class Console:
             while not condition():
                 self.raise_errors()
                 left = end - time.monotonic()
-                if left <= 0:
+                gone = self._ended and not self._open
+                if gone or left <= 0:
+                    why = "its QEMU has ended" if gone else f"waited {seconds} s"
                     said = "\n".join(line for _, line in self.lines[-15:])
-                    raise GuestError(f"waited {seconds} s in vain for {what}; it said last:\n{said}")
+                    raise GuestError(f"in vain for {what}: {why}; the guest said last:\n{said}")
                 self._changed.wait(min(left, 0.5))
             self.raise_errors()
 
@@ -175,27 +186,35 @@ class Console:
         self.wait(lambda: self.done, "the guest to stop", seconds)
         return self.done
 
-    def _since(self, since):
-        return [s for s in list(self.statuses) if s.host >= since]
+    def _between(self, since, until):
+        return [s for s in list(self.statuses) if since <= s.host <= until]
 
-    def longest_gap(self, since=0):
+    def longest_gap(self, since=0, until=math.inf):
         """Seconds between two turns of the guest's loop, by the guest's clock."""
-        return max((s.gap_us for s in self._since(since)), default=0) / 1e6
+        return max((s.gap_us for s in self._between(since, until)), default=0) / 1e6
 
-    def longest_stop(self, since=0):
+    def longest_stop(self, since=0, until=math.inf):
         """Seconds for which the guest's clock stood still. A line can be late, never early: the
         least difference of the clocks among a few lines is the true one, to a millisecond or so."""
-        offsets = [s.host - s.t_ms / 1e3 for s in self._since(since)]
+        offsets = [s.host - s.t_ms / 1e3 for s in self._between(since, until)]
         # Lines before and after each place; the jump lies between the two.
         jumps = (min(offsets[i:i + WINDOW]) - min(offsets[max(0, i - WINDOW):i])
                  for i in range(1, len(offsets)))
         return max(jumps, default=0)
 
-    def latency(self, what, since=0):
+    def latency(self, what, since=0, until=math.inf):
         """(count, median, p99, max) in microseconds of write_a, sync_a, write_b or sync_b: the
-        count of all, of the others the worst period's."""
-        found = [getattr(s, what) for s in self._since(since)]
+        periods' counts added up, the median of their medians, the worst p99 and maximum."""
+        found = [getattr(s, what) for s in self._between(since, until) if getattr(s, what)[0]]
         if not found:
             return (0, 0, 0, 0)
-        counts, *others = zip(*found)
-        return (sum(counts), *(max(values) for values in others))
+        counts, medians, p99s, most = zip(*found)
+        return (sum(counts), int(statistics.median(medians)), max(p99s), max(most))
+
+    def rate(self, disk, since=0, until=math.inf):
+        """Records a second on disk "a" or "b", by the host's clock: stops count."""
+        found = self._between(since, until)
+        if len(found) < 2:
+            return 0
+        records = getattr(found[-1], disk).acknowledged - getattr(found[0], disk).acknowledged
+        return records / (found[-1].host - found[0].host)
