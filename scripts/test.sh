@@ -8,6 +8,8 @@ set -euo pipefail
 # shellcheck source=scripts/deps.sh
 . "$(dirname "$0")/deps.sh"
 install_for build test
+# Without these the tests with a VM are skipped, and say so.
+install_for vm || true
 
 echo "building with sanitizers"
 configure "$root/build-sanitize" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
