@@ -17,7 +17,7 @@ from guest_check import (Wrong, check_disks, file_content,  # noqa: F401 (offere
 from guest_console import Console, GuestError  # noqa: F401
 
 META_PACKAGE = "linux-image-cloud-amd64"
-MODULES = ("virtio_pci", "virtio_blk")  # and what they need; ext4 and the serial port are built in
+MODULES = ("virtio_pci", "virtio_blk", "ext4")  # and what they need, as far as it is not built in
 COMMAND_LINE = ("console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off "
                 "nokaslr no_timer_check 8250.nr_uarts=1 audit=0 cryptomgr.notests")
 MIB = 1024 * 1024
@@ -79,9 +79,12 @@ def cpio_entry(name, mode, data=b"", device=(0, 0)):
 def modules(tree):
     """(name, content) of each module, what it needs before it."""
     found = {}
+    built_in = next(tree.glob("**/modules.builtin")).read_text()
 
     def add(name):
-        path = next(iter(tree.glob(f"**/kernel/**/{name}.ko*")), None)
+        if f"/{name}.ko\n" in built_in:
+            return
+        path = next(tree.glob(f"**/kernel/**/{name}.ko*"), None)
         if path is None:
             raise Unavailable(f"the kernel package has no module {name}")
         data = path.read_bytes()
