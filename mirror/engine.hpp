@@ -22,9 +22,10 @@ struct Limits {
   std::uint64_t zero_piece_bytes = 32ULL * 1024 * 1024;
   std::uint64_t verify_bytes = 128 * 1024;
   std::uint64_t flush_bytes = 512ULL * 1024 * 1024;  // unflushed on the target: flush by then …
-  Duration flush_period = std::chrono::seconds(5);   // … or after this time
-  std::uint32_t target_errors_max = 16;              // in a row, then the migration fails
-  std::size_t leaves_max = SIZE_MAX;                 // mixed chunks; the map has its own bound too
+  Duration flush_period = std::chrono::seconds(5);   // … or after this time …
+  Duration flush_period_level = std::chrono::milliseconds(500);  // … or this, with nothing stale
+  std::uint32_t target_errors_max = 16;  // in a row, then the migration fails
+  std::size_t leaves_max = SIZE_MAX;     // mixed chunks; the map has its own bound too
 };
 
 struct EngineConfig {

@@ -118,13 +118,16 @@ std::optional<OpId> Migration::flush_target() {
   return id;
 }
 
-// Periodically, to keep small what a loss makes stale.
+// Periodically, to keep small what a loss makes stale; more often once the copy is through, so that a
+// switchover's own flush finds little to do: the guest waits for it.
 void Migration::maybe_flush() {
   if (!info_.can_flush || flush_op_ || !link_up_ || holds_writes()) return;
   const Limits& limits = context_.config.limits;
   const bool much = unflushed_.unflushed_bytes() >= limits.flush_bytes ||
                     unflushed_.unflushed_chunks() >= unflushed_chunks_max;
-  const bool long_ago = context_.now - flushed_at_ >= limits.flush_period;
+  const bool level = map_->stale_bytes() == 0;
+  const bool long_ago =
+      context_.now - flushed_at_ >= (level ? limits.flush_period_level : limits.flush_period);
   if (unflushed_.clean() || (!much && !long_ago)) return;
   (void)flush_target();
 }

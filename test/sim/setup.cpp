@@ -34,6 +34,7 @@ void choose_limits(Setup& s, Prng& prng) {
   l.verify_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib});
   l.flush_bytes = prng.pick({16 * kib, 64 * kib, 1024 * kib});
   l.flush_period = std::chrono::milliseconds(prng.pick({5, 20, 100}));
+  l.flush_period_level = l.flush_period;
   l.target_errors_max = prng.pick({2U, 4U, 16U});
   // No piece is smaller than what the target can write.
   l.write_piece_bytes = std::max<std::uint64_t>(l.write_piece_bytes, s.target.block_min);
