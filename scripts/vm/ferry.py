@@ -1,0 +1,58 @@
+"""nbdferry's control socket: HTTP with JSON over a unix socket (proxy/README.md)."""
+import http.client
+import json
+import socket
+
+from common import Problem
+
+REFUSED = (400, 404, 409)
+COMMAND_SECONDS = 120  # a prepare may wait for the target
+
+
+class FerryError(Problem):
+    """A command was refused, or the process did not answer."""
+
+
+class FerryRefused(FerryError):
+    """It answered: no. The disk is as before."""
+
+
+class Connection(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("nbdferry", timeout=COMMAND_SECONDS)
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+class Ferry:
+    def __init__(self, path, what):
+        self.path = path
+        self.what = what  # for messages: "disk0 at the source"
+
+    def status(self):
+        return self._ask("GET", "/status")
+
+    def command(self, name, **fields):
+        """migrate, switch, promote, cancel, ...: returns when it is done."""
+        return self._ask("POST", "/" + name, fields)
+
+    def _ask(self, method, where, body=None):
+        connection = Connection(self.path)
+        try:
+            connection.request(method, where, json.dumps(body) if body is not None else None)
+            response = connection.getresponse()
+            answer = json.loads(response.read() or b"{}")
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            raise FerryError(f"{self.what}: its nbdferry at {self.path} does not answer: "
+                             f"{e or type(e).__name__}") from e
+        finally:
+            connection.close()
+        if response.status in REFUSED:
+            raise FerryRefused(f"{self.what}: {answer.get('error', response.reason)}")
+        if response.status != 200:
+            raise FerryError(f"{self.what}: {where}: {response.status} {response.reason}")
+        return answer

@@ -1,0 +1,357 @@
+"""A VM moves: disks to in sync, then memory, then all of it at once, at one place at any time.
+
+The order, and why nothing is lost whenever this ends (DESIGN.md, rule 10):
+  1. every disk is mirrored and in sync
+  2. memory goes until little is left; QEMU stops the VM ("pre-switchover")
+  3. prepare: every disk in lock-step with its target, which has flushed. Holds nothing: QEMU's format
+     drivers still write when they are told to let go, next
+  4. the rest of the memory; the destination has loaded it, and is not running
+  5. seal every disk; commit every disk: from the first commit's record on, the VM belongs there.
+     Before: abort, and the VM goes on here. After: only forward
+  6. promote every disk there; cont there; quit here
+Nothing is remembered between two runs: what there is to do is seen from both sides' states.
+"""
+import concurrent.futures
+import subprocess
+import time
+
+from checks import obstacles
+from common import Problem
+from ferry import Ferry, FerryError, FerryRefused
+from hosts import Local, read_vm
+from qmp import Qmp, QmpError
+from report import MIB, bytes_text, milliseconds, table
+
+# The destination is given up if nothing moves for so long; none of these is part of a good move.
+LOAD_SECONDS = 60
+STATE_SECONDS = 20
+COMMIT_TRIES = 5
+DEBT_AT_STOP = 256 * 1024
+LEVEL_GRACE_SECONDS = 5
+UNLIMITED = 1 << 40
+MIGRATING = ("setup", "wait-unplug", "active", "postcopy-active", "pre-switchover", "device",
+             "cancelling")
+MIRRORING = ("queued", "connecting", "copying", "in_sync", "interrupted", "paused", "prepared",
+             "sealed", "switching")
+
+
+class DiskMove:
+    """One disk: its server here, its server there."""
+
+    def __init__(self, here, there, other):
+        self.name = here["name"]
+        self.uri = there.get("uri")
+        self.source = Ferry(here["control"], f"{self.name} here")
+        self.target = Ferry(other.socket(there["control"]), f"{self.name} {other.label}")
+
+    def handed_over(self):
+        return self.source.status()["role"] == "retired"
+
+    def step(self, action):
+        self.source.command("switch", action=action)
+
+
+class Move:
+    def __init__(self, options, other, progress):
+        self.options, self.other, self.progress = options, other, progress
+        self.here = read_vm(Local(), options.dir)
+        self.there = read_vm(other, options.to_dir)
+        self.disks = []
+        if not options.memory_only:
+            self.disks = [DiskMove(a, b, other)
+                          for a, b in zip(self.here["disks"], self.there["disks"])
+                          if "control" in a and "control" in b and a["name"] not in options.scratch]
+        self.began = time.monotonic()
+        self.took = {}  # seconds, by name of the step
+        self.iops = []
+        self.last = []  # the disks' states before the commit
+        self.memory_bytes = None
+        self.threads = concurrent.futures.ThreadPoolExecutor(max(1, len(self.disks)))
+
+    def __enter__(self):
+        self.source = Qmp(self.here["qmp"], "QEMU here")
+        self.target = Qmp(self.other.socket(self.there["qmp"]), f"QEMU {self.other.label}")
+        return self
+
+    def __exit__(self, *_):
+        self.threads.shutdown()
+        self.source.close()
+        self.target.close()
+
+    # --- the commands ---
+
+    def run(self):
+        if not self.handed_over():
+            found = obstacles(self)
+            if found:
+                raise Problem("\n".join(found))
+            if self.options.dry_run:
+                self.progress.say(f"nothing is in the way of moving {self.here['name']}: "
+                                  f"{len(self.disks)} disks, and the memory")
+                return 0
+            try:
+                self.until_sealed()
+            except BaseException:
+                self.abort()
+                raise
+        elif self.options.dry_run:
+            self.progress.say("the VM belongs there already: running this again finishes the move")
+            return 0
+        self.finish()
+        print(table(self.summary()))
+        return 0
+
+    def abort_earlier(self):
+        if self.handed_over():
+            raise Problem("too late: the disks have been handed over, the VM belongs there; run this "
+                          "again without --abort to finish the move")
+        self.abort()
+        for disk in self.disks:
+            if disk.source.status()["phase"] in MIRRORING:
+                disk.source.command("cancel")
+        self.progress.say("the VM runs here, and nothing of it moves")
+        return 0
+
+    def handed_over(self):
+        return any(disk.handed_over() for disk in self.disks)
+
+    # --- before the commit ---
+
+    def until_sealed(self):
+        self.bring_disks_in_sync()
+        if self.source.status() != "postmigrate":
+            self.send_memory()
+            self.timed("prepare", lambda: self.each("prepare"))
+            self.timed("state", self.hand_over_state)
+        else:  # an earlier run has come this far
+            self.each("prepare")
+        self.timed("seal", lambda: self.each("seal"))
+        self.last = [disk.source.status() for disk in self.disks]
+
+    def each(self, action):
+        """The step for every disk, side by side."""
+        self.all(lambda disk: disk.step(action))
+
+    def all(self, do):
+        if len(self.disks) == 1:
+            do(self.disks[0])
+            return
+        for done in [self.threads.submit(do, disk) for disk in self.disks]:
+            done.result()
+
+    def timed(self, name, do):
+        begin = time.monotonic()
+        do()
+        self.took[name] = self.took.get(name, 0.0) + time.monotonic() - begin
+
+    def bring_disks_in_sync(self):
+        begin = time.monotonic()
+        for disk in self.disks:
+            if disk.source.status()["phase"] not in MIRRORING:
+                disk.source.command("migrate", uris=[disk.uri])
+        level_since = None
+        while self.disks:
+            states = [disk.source.status() for disk in self.disks]
+            for disk, state in zip(self.disks, states):
+                if state["phase"] in ("failed", "cancelled", "idle"):
+                    raise Problem(f"{disk.name}: its copy has ended: {state['phase']}: "
+                                  f"{state['last_error'] or 'no reason given'}")
+            self.show_disks(states)
+            if all(s["phase"] in ("in_sync", "prepared", "sealed") for s in states):
+                # "In sync" may still mean a downtime limit's worth of debt, which the guest would
+                # wait out, stopped: what a busy guest leaves within the grace is enough.
+                level_since = level_since or time.monotonic()
+                if all(s["debt_bytes"] <= DEBT_AT_STOP for s in states) or \
+                        time.monotonic() - level_since > LEVEL_GRACE_SECONDS:
+                    break
+            else:
+                level_since = None
+            time.sleep(0.1)
+        self.took["disks"] = time.monotonic() - begin
+
+    def show_disks(self, states):
+        size = sum(s["size_bytes"] for s in states)
+        debt = sum(s["debt_bytes"] for s in states)
+        rate = sum(s["bytes_per_second"] for s in states)
+        self.iops.append(sum(s["guest"]["write_iops"] for s in states))
+        trouble = next((f"; {s['phase']}: {s['last_error']}" for s in states
+                        if s["phase"] == "interrupted"), "")
+        self.progress.line(f"disks: {100 * (size - debt) / size:5.1f}% of {bytes_text(size)}, "
+                           f"{bytes_text(rate)}/s{trouble}")
+
+    def send_memory(self):
+        """Until QEMU has stopped the VM, with the last of the memory still to go."""
+        begin = time.monotonic()
+        if self.source.migration()["status"] not in MIGRATING:
+            self.start_memory()
+        limit_reached = "pre-switchover"
+        while True:
+            state = self.source.migration()
+            if state["status"] in (limit_reached, "device", "completed"):
+                break
+            if state["status"] not in MIGRATING:
+                raise Problem(f"the memory does not get there: {state['status']}: "
+                              f"{state.get('error-desc', 'QEMU gives no reason')}")
+            ram = state.get("ram")
+            if ram:
+                self.progress.line(
+                    f"memory: {bytes_text(ram['transferred'])} sent, "
+                    f"{bytes_text(ram['remaining'])} left, {ram.get('mbps', 0) / 8:.0f} MB/s, "
+                    f"round {ram.get('dirty-sync-count', 0)}")
+            if self.target.status() not in ("inmigrate", "paused"):
+                raise Problem(f"QEMU {self.other.label} does not wait for the VM any more")
+            self.source.pump(0.05)
+        self.took["memory"] = time.monotonic() - begin
+
+    def start_memory(self):
+        supported = [{c["capability"] for c in qemu.call("query-migrate-capabilities")}
+                     for qemu in (self.source, self.target)]
+        wanted = {"events", "pause-before-switchover", "late-block-activate", "return-path",
+                  "auto-converge", "multifd"} & supported[0] & supported[1]
+        if "pause-before-switchover" not in wanted and self.disks:
+            raise Problem("QEMU is too old: it has no pause-before-switchover on both sides")
+        capabilities = [{"capability": name, "state": True} for name in sorted(wanted)]
+        speed = self.options.memory_bandwidth * MIB or UNLIMITED
+        for qemu in (self.source, self.target):
+            qemu.call("migrate-set-capabilities", capabilities=capabilities)
+            qemu.call("migrate-set-parameters", max_bandwidth=speed,
+                      downtime_limit=self.options.downtime_limit)
+        if self.target.migration()["status"] == "none":
+            self.target.call("migrate-incoming", uri=self.there["memory"])
+        self.source.call("migrate", uri=self.there["memory"])
+
+    def hand_over_state(self):
+        """The VM is stopped: what is left of it goes, and is loaded there."""
+        if self.source.migration()["status"] == "pre-switchover":
+            self.source.call("migrate-continue", state="pre-switchover")
+
+        def sent():
+            state = self.source.migration()
+            if state["status"] not in (*MIGRATING, "completed"):
+                raise Problem(f"the VM did not load {self.other.label}: {state['status']}: "
+                              f"{state.get('error-desc', 'QEMU gives no reason')}")
+            self.memory_bytes = state.get("ram", {}).get("transferred")
+            return state["status"] == "completed"
+
+        if not self.source.wait(sent, LOAD_SECONDS):
+            raise Problem(f"the VM's state is not through after {LOAD_SECONDS} s")
+        if not self.target.wait(self.loaded, LOAD_SECONDS, step=0.001):
+            raise Problem(f"the VM is not loaded {self.other.label} after {LOAD_SECONDS} s")
+
+    def loaded(self):
+        return self.target.status() == "paused"
+
+    # --- back ---
+
+    def abort(self):
+        """The VM goes on here. Raises if it may belong there: then nothing is touched."""
+        self.progress.say("going back: the VM stays here")
+        for disk in self.disks:
+            self.undo_switch(disk)
+        if self.source.migration()["status"] in MIGRATING:
+            self.source.call("migrate_cancel")
+            self.source.wait(lambda: self.source.migration()["status"] not in MIGRATING,
+                             STATE_SECONDS)
+        self.end_target()
+        if self.source.status() != "running":
+            self.source.call("cont")
+        if not self.source.wait(lambda: self.source.status() == "running", STATE_SECONDS):
+            raise Problem(f"the VM does not go on here: it is {self.source.status()}")
+        if self.disks:
+            self.progress.say("the VM runs here; its disks are still mirrored, for the next try "
+                              "(--abort ends that)")
+
+    def undo_switch(self, disk):
+        try:
+            if disk.handed_over():
+                raise Problem(f"{disk.name} has been handed over: the VM belongs there; run this "
+                              "again to finish the move")
+            if disk.source.status()["phase"] in ("prepared", "sealed", "switching"):
+                disk.step("abort")
+        except FerryRefused:
+            if disk.source.status()["phase"] in ("sealed", "switching", "switched"):
+                raise
+        except FerryError as e:
+            raise Problem(f"{e}\nwhether {disk.name} has been handed over is not known, so the VM "
+                          "is left as it is: start its server again, then run this again") from e
+
+    def end_target(self):
+        """What has begun to load there is of no use any more."""
+        try:
+            if self.target.migration()["status"] != "none" or self.target.status() == "paused":
+                self.target.call("quit")
+        except QmpError:
+            pass  # gone already
+
+    # --- after the first commit ---
+
+    def finish(self):
+        """From sealed to running there; also what an earlier run has left."""
+        self.timed("commit", self.commit)
+        self.timed("promote", lambda: self.all(lambda disk: disk.target.command("promote")))
+        state = self.target.status()
+        if state == "inmigrate":
+            raise Problem(f"the disks are {self.other.label} now, and writable, but the QEMU that had "
+                          "loaded the VM is gone: boot it there (attach-vm.sh without --incoming)")
+        if state == "paused":
+            if self.options.before_cont:
+                self.timed("hook", self.run_hook)
+            self.target.call("cont")
+        if not self.target.wait(lambda: self.target.status() == "running", STATE_SECONDS):
+            raise Problem(f"the VM does not run {self.other.label}: it is {self.target.status()}")
+        self.target.pump(0)
+        if not self.options.keep_source and self.source.status() == "postmigrate":
+            self.source.call("quit")
+
+    def run_hook(self):
+        code = subprocess.run(["sh", "-c", self.options.before_cont], stdin=subprocess.DEVNULL,
+                              check=False).returncode
+        if code != 0:
+            self.progress.say(f"--before-cont has failed with exit code {code}; going on")
+
+    def commit(self):
+        """Every disk, whatever it takes: from the first record on there is no way back."""
+        self.all(self.commit_one)
+
+    def commit_one(self, disk):
+        for left in reversed(range(COMMIT_TRIES)):
+            try:
+                if disk.source.status()["role"] == "retired":
+                    return
+                if disk.source.status()["phase"] != "sealed":
+                    disk.step("prepare")
+                    disk.step("seal")
+                disk.step("commit-release")
+                return
+            except FerryError:
+                if left == 0:
+                    raise
+                time.sleep(0.2)
+
+    # --- the end ---
+
+    def summary(self):
+        took = self.took
+        stop, resume = self.source.time_of("STOP"), self.target.time_of("RESUME")
+        blackout = resume - stop if stop and resume else None
+        disk = sum(took.get(step, 0.0) for step in ("prepare", "seal", "commit", "promote"))
+        rows = [("moved", f"{self.here['name']}: now {self.other.label}"),
+                ("time", f"{time.monotonic() - self.began:.1f} s (disks {took.get('disks', 0):.1f} s, "
+                         f"memory {took.get('memory', 0):.1f} s)"),
+                ("guest stood still", milliseconds(blackout))]
+        if blackout is not None and "state" in took:
+            rows += [("  for its memory", milliseconds(blackout - disk - took.get("hook", 0.0))),
+                     ("  for its disks", milliseconds(disk) + " (" + ", ".join(
+                         f"{step} {took.get(step, 0.0) * 1000:.1f}"
+                         for step in ("prepare", "seal", "commit", "promote")) + ")")]
+            if "hook" in took:
+                rows.append(("  for --before-cont", milliseconds(took["hook"])))
+        if self.memory_bytes is not None:
+            rows.append(("memory sent", bytes_text(self.memory_bytes)))
+        for d, status in zip(self.disks, self.last):
+            sent = sum(path["sent_bytes"] for path in status["paths"])
+            rows.append((f"{d.name} sent", f"{bytes_text(sent)} of {bytes_text(status['size_bytes'])}"
+                                           f", mirrored {bytes_text(status['mirrored_bytes'])}"))
+        if self.iops:
+            rows.append(("guest's writes", f"{sum(self.iops) / len(self.iops):.0f}/s while copying"))
+        return rows
