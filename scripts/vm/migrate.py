@@ -9,6 +9,7 @@ import sys
 from common import Problem, Usage, directory_of, run_main
 from hosts import Local, Ssh, read_vm
 from move import Move
+from qmp import Qmp
 from report import Progress
 from storage import move_storage
 
@@ -76,6 +77,20 @@ def only_one(directory):
         yield
 
 
+def nothing_left(options, other):
+    """An earlier run has ended between its last step and saying so."""
+    if os.path.exists(os.path.join(options.dir, "vm.json")):
+        return False
+    try:
+        qemu = Qmp(other.socket(read_vm(other, options.to_dir)["qmp"]), f"QEMU {other.label}")
+    except Problem:
+        return False
+    try:
+        return qemu.status() == "running"
+    finally:
+        qemu.close()
+
+
 def main():
     options = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, interrupted)
@@ -85,6 +100,9 @@ def main():
             return move_storage(options, read_vm(Local(), options.dir), Progress())
         other = Local() if options.local else Ssh(options.host)
         try:
+            if nothing_left(options, other):
+                print(f"{options.name} runs {other.label} already: nothing is left to do")
+                return 0
             with Move(options, other, Progress()) as move:
                 if options.abort:
                     return move.abort_earlier()

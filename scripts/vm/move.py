@@ -33,6 +33,7 @@ MIGRATING = ("setup", "wait-unplug", "active", "postcopy-active", "pre-switchove
              "cancelling")
 MIRRORING = ("queued", "connecting", "copying", "in_sync", "interrupted", "paused", "prepared",
              "sealed", "switching")
+ENDED = ("failed", "cancelled", "idle")
 
 
 class DiskMove:
@@ -91,7 +92,8 @@ class Move:
                 return 0
             try:
                 self.until_sealed()
-            except BaseException:
+            except BaseException as e:
+                self.progress.say(f"going back, the VM stays here: {e or type(e).__name__}")
                 self.abort()
                 raise
         elif self.options.dry_run:
@@ -153,7 +155,7 @@ class Move:
         while self.disks:
             states = [disk.source.status() for disk in self.disks]
             for disk, state in zip(self.disks, states):
-                if state["phase"] in ("failed", "cancelled", "idle"):
+                if state["phase"] in ENDED:
                     raise Problem(f"{disk.name}: its copy has ended: {state['phase']}: "
                                   f"{state['last_error'] or 'no reason given'}")
             self.show_disks(states)
@@ -198,6 +200,11 @@ class Move:
                     f"memory: {bytes_text(ram['transferred'])} sent, "
                     f"{bytes_text(ram['remaining'])} left, {ram.get('mbps', 0) / 8:.0f} MB/s, "
                     f"round {ram.get('dirty-sync-count', 0)}")
+            for disk in self.disks:
+                state = disk.source.status()
+                if state["phase"] in ENDED:
+                    raise Problem(f"{disk.name} is not mirrored any more: {state['phase']}: "
+                                  f"{state['last_error'] or 'no reason given'}")
             if self.target.status() not in ("inmigrate", "paused"):
                 raise Problem(f"QEMU {self.other.label} does not wait for the VM any more")
             self.source.pump(0.05)
@@ -245,7 +252,6 @@ class Move:
 
     def abort(self):
         """The VM goes on here. Raises if it may belong there: then nothing is touched."""
-        self.progress.say("going back: the VM stays here")
         for disk in self.disks:
             self.undo_switch(disk)
         if self.source.migration()["status"] in MIGRATING:
