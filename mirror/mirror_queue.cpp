@@ -6,16 +6,12 @@ namespace nbdferry::mirror {
 
 namespace {
 
-// The part of `e` that lies in `part`. Small rests of large payloads are copied out, so that the
-// memory kept stays in proportion to the bytes counted.
+// The part of `e` that lies in `part`.
 MirrorEntry part_of(const MirrorEntry& e, ByteRange part) {
   MirrorEntry out = e;
   out.range = part;
   if (e.command == Command::write) {
     out.payload = e.payload.slice(part.begin - e.range.begin, part.length());
-    if (out.payload.size() < out.payload.storage_bytes() / 2) {
-      out.payload = Payload::copy_of(out.payload.bytes());
-    }
   }
   return out;
 }
@@ -32,7 +28,10 @@ MirrorQueue::Entries::const_iterator MirrorQueue::first_overlap(ByteRange range)
 }
 
 void MirrorQueue::insert(MirrorEntry entry, std::optional<OpId> parked_behind) {
-  bytes_ += cost(entry);
+  // Parts of larger payloads are copied out: no more memory is kept than is counted.
+  entry.payload = entry.payload.compact();
+  bytes_ += entry.payload.size();
+  storage_bytes_ += cost(entry);
   if (entry.debt) ++debts_;
   if (parked_behind) {
     parked_.emplace(*parked_behind, entry.range.begin);
@@ -45,7 +44,8 @@ void MirrorQueue::insert(MirrorEntry entry, std::optional<OpId> parked_behind) {
 
 MirrorEntry MirrorQueue::remove(Entries::iterator it) {
   MirrorEntry entry = std::move(it->second.entry);
-  bytes_ -= cost(entry);
+  bytes_ -= entry.payload.size();
+  storage_bytes_ -= cost(entry);
   if (entry.debt) --debts_;
   if (it->second.parked_behind) {
     const auto [first, last] = parked_.equal_range(*it->second.parked_behind);
@@ -132,7 +132,7 @@ std::vector<ByteRange> MirrorQueue::beyond(std::uint64_t keep) const {
   std::vector<ByteRange> out;
   std::uint64_t kept = 0;
   for (const auto& [position, entry] : ordered) {
-    kept += cost(*entry);
+    kept += entry->payload.size();
     if (kept > keep) out.push_back(entry->range);
   }
   return out;
@@ -140,6 +140,7 @@ std::vector<ByteRange> MirrorQueue::beyond(std::uint64_t keep) const {
 
 void MirrorQueue::check_invariants() const {
   std::uint64_t bytes = 0;
+  std::uint64_t storage = 0;
   std::size_t debts = 0;
   std::size_t ready = 0;
   std::uint64_t end = 0;
@@ -149,13 +150,15 @@ void MirrorQueue::check_invariants() const {
     NBDFERRY_ASSERT(e.command != Command::write || e.payload.size() == e.range.length(),
                     "a payload of another length than its range");
     end = e.range.end;
-    bytes += cost(e);
+    bytes += e.payload.size();
+    storage += e.payload.storage_bytes();
     if (e.debt) ++debts;
     if (!node.parked_behind) {
       ++ready;
       NBDFERRY_ASSERT(ready_.contains(key_of(e)), "a ready entry that is not listed");
     }
   }
+  NBDFERRY_ASSERT(storage == storage_bytes_, "more memory is kept than is counted");
   NBDFERRY_ASSERT(bytes == bytes_ && debts == debts_, "queue sums are wrong");
   NBDFERRY_ASSERT(ready == ready_.size() && parked_.size() + ready == entries_.size(),
                   "queue lists are wrong");

@@ -40,6 +40,8 @@ class MirrorQueue {
   [[nodiscard]] std::size_t size() const { return entries_.size(); }
   // Bytes of payload.
   [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
+  // The memory that these take, exactly. Cutting an entry may round it up a little.
+  [[nodiscard]] std::uint64_t storage_bytes() const { return storage_bytes_; }
   [[nodiscard]] std::size_t debts() const { return debts_; }
   [[nodiscard]] std::uint64_t superseded_bytes() const { return superseded_bytes_; }
 
@@ -47,8 +49,10 @@ class MirrorQueue {
     return first_overlap(range) != entries_.end();
   }
 
-  // What push() would add to bytes(), before anything is superseded.
-  [[nodiscard]] static std::uint64_t cost(const MirrorEntry& e) { return e.payload.size(); }
+  // What push() would add to storage_bytes(), before anything is superseded.
+  [[nodiscard]] static std::uint64_t cost(const MirrorEntry& e) {
+    return e.payload.compact_bytes();
+  }
 
   // The source's result of this write is known, or nothing overlaps it. Supersedes what it covers
   // and trims what it overlaps; those entries must be acknowledged. Returns whether it did.
@@ -63,7 +67,7 @@ class MirrorQueue {
   void park_next(OpId behind);
   void unpark(OpId behind);
 
-  // The acknowledged entries, oldest first, without those whose costs add up to `keep` bytes.
+  // The acknowledged entries, oldest first, without the first that add up to `keep` bytes.
   [[nodiscard]] std::vector<ByteRange> beyond(std::uint64_t keep) const;
 
   template <typename F>
@@ -100,6 +104,7 @@ class MirrorQueue {
   std::set<ReadyKey> ready_;
   std::multimap<OpId, std::uint64_t> parked_;  // behind which operation -> entry's begin
   std::uint64_t bytes_ = 0;
+  std::uint64_t storage_bytes_ = 0;
   std::size_t debts_ = 0;
   std::uint64_t next_position_ = 1;
   std::uint64_t superseded_bytes_ = 0;

@@ -1,8 +1,9 @@
 // Payload: refcounted, immutable bytes on their way from a socket to disks and back.
 //
 // A Buffer is filled once by its only owner, then frozen into a Payload; slices of it share the
-// storage. Storage comes from slabs for sizes up to 16 KiB (data aligned to min(size class, 4
-// KiB)), from page-aligned allocations above, so that O_DIRECT can use what is 4 KiB or larger.
+// storage. Storage is aligned to min(its capacity, 4 KiB), so that O_DIRECT can use what is 4 KiB
+// or larger; a capacity exceeds the size asked for by less than a quarter, or a page. Whoever
+// bounds what it holds counts storage, not sizes.
 // Counts are not atomic: buffers belong to the one thread of their export.
 #pragma once
 
@@ -14,11 +15,12 @@
 namespace nbdferry {
 
 namespace detail {
+struct Slab;
 struct Storage {
   std::byte* data;
+  Slab* slab;  // of which it is a slot; null: memory of its own
   std::uint32_t refs;
   std::uint32_t capacity;
-  std::uint32_t size_class;
 };
 Storage* allocate_storage(std::size_t size);  // never null; throws std::bad_alloc
 void free_storage(Storage* s);
@@ -58,6 +60,11 @@ class Payload {
   [[nodiscard]] std::size_t storage_bytes() const {
     return storage_ == nullptr ? 0 : storage_->capacity;
   }
+
+  // The same bytes for keeping: itself, or a copy where it would keep more memory alive than its
+  // size needs, as a slice does. And the memory that this takes, which nothing else shares.
+  [[nodiscard]] Payload compact() const;
+  [[nodiscard]] std::size_t compact_bytes() const;
 
   [[nodiscard]] static Payload copy_of(std::span<const std::byte> bytes);
   [[nodiscard]] static Payload zeroes(std::size_t size);

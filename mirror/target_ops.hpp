@@ -19,7 +19,7 @@ struct TargetOp {
   Command command = Command::write;
   ByteRange range;
   std::uint64_t window_bytes = 0;  // payload on the wire
-  std::uint64_t buffer_bytes = 0;  // mirrored: counted against the buffer until answered
+  std::uint64_t buffer_bytes = 0;  // mirrored: memory, counted against the buffer until answered
   std::optional<OpId> waiter;      // mirrored: the guest write that waits for it
   bool debt = false;               // mirrored: stands for bytes that the guest was told are written
   OpId parent{};                   // copy: the copy operation; guest: the guest's request

@@ -143,7 +143,7 @@ std::uint64_t TargetModel::buffer_in_flight() const {
   std::uint64_t sum = 0;
   for (const auto& f : flights_) {
     const bool data = f.op().command == Command::write;
-    if (f.writes()) sum += std::max(overhead, data ? f.op().range.length() : 0);
+    if (f.writes()) sum += std::max(overhead, data ? f.op().payload.storage_bytes() : 0);
   }
   return sum;
 }

@@ -1,5 +1,6 @@
 // Payload and Buffer: sharing, slices, alignment, reuse of storage.
 #include <cstring>
+#include <fstream>
 #include <random>
 #include <vector>
 
@@ -68,6 +69,43 @@ TEST_CASE("zeroes are zeroes, in reused storage as well") {
   { const Payload dirt = filled(4096, 1).freeze(); }
   const Payload p = Payload::zeroes(4096);
   for (const std::byte b : p.bytes()) REQUIRE(b == std::byte{0});
+}
+
+TEST_CASE("storage exceeds what is asked for by a quarter or a page at most") {
+  for (std::size_t size = 1; size <= 64UL << 20; size += 1 + size / 37) {
+    CAPTURE(size);
+    const Payload p = Buffer(size).freeze();
+    REQUIRE(p.storage_bytes() >= size);
+    REQUIRE(p.storage_bytes() < std::max(size + size / 4 + 1, size + 4096));
+    REQUIRE(p.compact_bytes() == p.storage_bytes());
+  }
+}
+
+TEST_CASE("a compact payload keeps no more than it needs") {
+  const Payload whole = filled(1 << 20, 3).freeze();
+  CHECK(whole.compact().data() == whole.data());
+  const Payload part = whole.slice(70'000, 5'000);
+  CHECK(part.storage_bytes() == 1 << 20);
+  const Payload alone = part.compact();
+  CHECK(part.compact_bytes() == 8192);
+  CHECK(alone.storage_bytes() == 8192);
+  CHECK(std::memcmp(alone.data(), part.data(), part.size()) == 0);
+  CHECK(whole.slice(7, 0).compact().storage_bytes() == 0);
+}
+
+// Memory that is resident, from /proc/self/statm.
+TEST_CASE("what a burst of every size leaves behind is small") {
+  std::vector<Payload> burst;
+  for (const std::size_t size : {512, 4096, 10'000, 30'000, 65'536, 262'144, 5'000'000}) {
+    for (std::size_t bytes = 0; bytes < 32UL << 20; bytes += size) {
+      burst.push_back(Payload::zeroes(size));
+    }
+    burst.clear();
+  }
+  burst.shrink_to_fit();
+  std::size_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages >> pages;
+  CHECK(pages * 4096 < 64UL << 20);
 }
 
 // Against a naive twin: every payload has a plain copy of what it must hold.

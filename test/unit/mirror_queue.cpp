@@ -148,4 +148,14 @@ TEST_CASE("the queue agrees with a value for each byte") {
   CHECK(q.bytes() == bytes);
 }
 
+TEST_CASE("a small rest does not keep a large write's memory") {
+  MirrorQueue q = plain_queue();
+  q.push(write_of({0, 1 << 20}, 1));
+  CHECK(q.storage_bytes() == 1 << 20);
+  q.discard({4096, 1 << 20});
+  CHECK(q.bytes() == 4096);
+  CHECK(q.storage_bytes() == 4096);
+  CHECK(q.next()->payload.storage_bytes() == 4096);
+}
+
 }  // namespace nbdferry::mirror
