@@ -1,6 +1,7 @@
 #include "mirror/block_map.hpp"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace nbdferry::mirror {
@@ -13,6 +14,10 @@ constexpr std::size_t leaves_slack = 4096;
 
 // The two-bit state `state` in each of the sixteen places of a leaf.
 constexpr std::uint32_t leaf_of(std::uint8_t state) { return 0x55555555U * state; }
+
+// Eight chunks' bytes, for the walks.
+constexpr std::uint64_t word_chunks = 8;
+constexpr std::uint64_t word_of(std::uint8_t byte) { return 0x0101010101010101ULL * byte; }
 
 }  // namespace
 
@@ -27,6 +32,38 @@ BlockMap::BlockMap(std::uint64_t size, std::size_t leaves_max)
       fresh_bytes_((chunk_count_ + group_chunks - 1) / group_chunks),
       stale_bytes_(size) {
   if (!chunks_) throw std::bad_alloc();
+}
+
+std::uint64_t BlockMap::first_other(std::uint64_t from, std::uint64_t to, std::uint8_t mask,
+                                    std::uint8_t value) const {
+  std::uint64_t c = from;
+  for (; c + word_chunks <= to; c += word_chunks) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, &chunks_[c], sizeof word);
+    if ((word & word_of(mask)) != word_of(value)) break;
+  }
+  while (c < to && (chunks_[c] & mask) == value) ++c;
+  return c;
+}
+
+void BlockMap::fill(std::uint64_t from, std::uint64_t to, std::uint8_t mask, std::uint8_t value) {
+  std::uint64_t c = from;
+  for (; c + word_chunks <= to; c += word_chunks) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, &chunks_[c], sizeof word);
+    word = (word & ~word_of(mask)) | word_of(value);
+    std::memcpy(&chunks_[c], &word, sizeof word);
+  }
+  for (; c < to; ++c) chunks_[c] = static_cast<std::uint8_t>((chunks_[c] & ~mask) | value);
+}
+
+ByteRange BlockMap::even_run(std::uint64_t at, ByteRange range) const {
+  const std::uint64_t first = at / chunk_size;
+  const std::uint64_t last = range.end == size_ ? chunk_count_ : range.end / chunk_size;
+  const std::uint64_t limit = std::min(last, (first / group_chunks + 1) * group_chunks);
+  const std::uint8_t state = chunks_[first] & state_mask;
+  if (at % chunk_size != 0 || state == mixed || first >= limit) return {at, at};
+  return clip({at, first_other(first, limit, state_mask, state) * chunk_size});
 }
 
 BlockState BlockMap::block_state(std::uint64_t block) const {
@@ -76,10 +113,6 @@ void BlockMap::account(std::uint64_t chunk, ByteRange part, BlockState from, Blo
   if (to == BlockState::armed) armed_bytes_ += n;
 }
 
-void BlockMap::set_chunk(std::uint64_t chunk, std::uint8_t state) {
-  chunks_[chunk] = static_cast<std::uint8_t>((chunks_[chunk] & ~state_mask) | state);
-}
-
 void BlockMap::set_part(std::uint64_t chunk, ByteRange part, BlockState state) {
   const std::uint8_t old = chunks_[chunk] & state_mask;
   if (old == static_cast<std::uint8_t>(state)) return;
@@ -99,25 +132,24 @@ void BlockMap::set_part(std::uint64_t chunk, ByteRange part, BlockState state) {
   }
   if (leaf == leaf_of(leaf & 3)) {
     if (old == mixed) leaves_.erase(chunk);
-    set_chunk(chunk, leaf & 3);
+    fill(chunk, chunk + 1, state_mask, leaf & 3);
     return;
   }
   leaves_[chunk] = leaf;
-  set_chunk(chunk, mixed);
+  fill(chunk, chunk + 1, state_mask, mixed);
 }
 
 void BlockMap::set(ByteRange range, BlockState state) {
   NBDFERRY_ASSERT(range == covering(range) && !range.empty(), "state of a part of a block");
   for (std::uint64_t at = range.begin; at < range.end;) {
     const std::uint64_t chunk = at / chunk_size;
-    const ByteRange whole = chunk_range(chunk);
-    const ByteRange part = range.intersect(whole);
-    const std::uint8_t old = chunks_[chunk] & state_mask;
-    if (part == whole && old != mixed) {
-      account(chunk, whole, static_cast<BlockState>(old), state);
-      set_chunk(chunk, static_cast<std::uint8_t>(state));
-    } else {
+    ByteRange part = even_run(at, range);
+    if (part.empty()) {
+      part = range.intersect(chunk_range(chunk));
       set_part(chunk, part, state);
+    } else {
+      account(chunk, part, static_cast<BlockState>(chunks_[chunk] & state_mask), state);
+      fill(chunk, chunks_end(part), state_mask, static_cast<std::uint8_t>(state));
     }
     at = part.end;
   }
@@ -129,7 +161,7 @@ bool BlockMap::any(ByteRange range, BlockState state) const {
     const std::uint8_t s = chunks_[chunk] & state_mask;
     if (s == static_cast<std::uint8_t>(state)) return true;
     if (s != mixed) {
-      at = (chunk + 1) * chunk_size;
+      at = first_other(chunk, chunks_end(range), state_mask, s) * chunk_size;
       continue;
     }
     if (block_state(at / block_size_min) == state) return true;
@@ -156,9 +188,12 @@ std::optional<ByteRange> BlockMap::next_stale(std::uint64_t from, std::uint64_t 
       continue;
     }
     const std::uint8_t s = chunks_[chunk] & state_mask;
-    const bool whole_chunk_out = (s != mixed && s != 0) || chunk_flag(chunk, ChunkFlag::suspect);
-    if (whole_chunk_out) {
+    if (chunk_flag(chunk, ChunkFlag::suspect)) {
       at = (chunk + 1) * chunk_size;
+      continue;
+    }
+    if (s != mixed && s != 0) {
+      at = first_other(chunk, chunks_end(group_range), state_mask, s) * chunk_size;
       continue;
     }
     if (block_state(at / block_size_min) != BlockState::stale) {
@@ -170,12 +205,13 @@ std::optional<ByteRange> BlockMap::next_stale(std::uint64_t from, std::uint64_t 
     // Ends on a chunk's border: arming part of a wholly stale chunk would cost a leaf.
     const std::uint64_t border = (at + length_max) / chunk_size * chunk_size;
     const std::uint64_t limit = std::min(size_, border > at ? border : at + length_max);
+    constexpr std::uint8_t mask = state_mask | static_cast<std::uint8_t>(ChunkFlag::suspect);
     while (end < limit) {
       const std::uint64_t c = end / chunk_size;
       if (chunk_flag(c, ChunkFlag::suspect)) break;
       const std::uint8_t cs = chunks_[c] & state_mask;
       if (cs == 0) {
-        end = std::min((c + 1) * chunk_size, limit);
+        end = std::min(first_other(c, chunks_end({at, limit}), mask, 0) * chunk_size, limit);
       } else if (cs == mixed && block_state(end / block_size_min) == BlockState::stale) {
         end = std::min(end + block_size_min, limit);
       } else {
@@ -188,22 +224,17 @@ std::optional<ByteRange> BlockMap::next_stale(std::uint64_t from, std::uint64_t 
 }
 
 void BlockMap::set_flag(ByteRange range, ChunkFlag flag) {
-  for (std::uint64_t c = range.begin / chunk_size; c * chunk_size < range.end; ++c) {
-    chunks_[c] |= static_cast<std::uint8_t>(flag);
-  }
+  const auto bit = static_cast<std::uint8_t>(flag);
+  fill(range.begin / chunk_size, chunks_end(range), bit, bit);
 }
 
 void BlockMap::clear_flag(ByteRange range, ChunkFlag flag) {
-  for (std::uint64_t c = range.begin / chunk_size; c * chunk_size < range.end; ++c) {
-    chunks_[c] &= static_cast<std::uint8_t>(~static_cast<unsigned>(flag));
-  }
+  fill(range.begin / chunk_size, chunks_end(range), static_cast<std::uint8_t>(flag), 0);
 }
 
 bool BlockMap::any_flag(ByteRange range, ChunkFlag flag) const {
-  for (std::uint64_t c = range.begin / chunk_size; c * chunk_size < range.end; ++c) {
-    if (chunk_flag(c, flag)) return true;
-  }
-  return false;
+  const std::uint64_t end = chunks_end(range);
+  return first_other(range.begin / chunk_size, end, static_cast<std::uint8_t>(flag), 0) != end;
 }
 
 void BlockMap::check_invariants() const {

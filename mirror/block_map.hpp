@@ -2,8 +2,8 @@
 //
 // Two levels. One byte per 64 KiB chunk: its state (stale, armed, synced, or mixed) and flags; two
 // bits per 4 KiB leaf for mixed chunks only. 16 MiB per TiB of disk, zero pages until touched, plus
-// a bounded number of leaves. All ranges given to it are multiples of 4 KiB, but for the disk's
-// end.
+// a bounded number of leaves. Where chunks are alike, as in a sparse disk, walks take eight at a
+// time. All ranges given to it are multiples of 4 KiB, but for the disk's end.
 //
 // What must hold: a chunk has a leaf exactly when it is mixed; stale_bytes() is exact, with the
 // last block counted as long as it is. Making part of a chunk stale may need a leaf that the bound
@@ -84,12 +84,20 @@ class BlockMap {
   static constexpr std::uint64_t group_chunks = 4096;
 
   [[nodiscard]] ByteRange clip(ByteRange r) const { return {r.begin, std::min(r.end, size_)}; }
-  [[nodiscard]] std::uint64_t bytes_of(std::uint64_t first_block, std::uint64_t blocks) const;
   [[nodiscard]] BlockState block_state(std::uint64_t block) const;
+  // The whole chunks of one state, not mixed, that begin at `at`: in `range`, and in one group.
+  [[nodiscard]] ByteRange even_run(std::uint64_t at, ByteRange range) const;
   [[nodiscard]] bool covers_chunk(ByteRange range, std::uint64_t chunk) const {
     return range.contains(chunk_range(chunk));
   }
-  void set_chunk(std::uint64_t chunk, std::uint8_t state);
+  // The first chunk in [from, to) whose byte is not `value` under `mask`; `to` when all are.
+  [[nodiscard]] std::uint64_t first_other(std::uint64_t from, std::uint64_t to, std::uint8_t mask,
+                                          std::uint8_t value) const;
+  // Replaces these bits of all bytes in [from, to).
+  void fill(std::uint64_t from, std::uint64_t to, std::uint8_t mask, std::uint8_t value);
+  [[nodiscard]] static std::uint64_t chunks_end(ByteRange range) {
+    return (range.end + chunk_size - 1) / chunk_size;
+  }
   void set_part(std::uint64_t chunk, ByteRange part, BlockState state);
   void account(std::uint64_t chunk, ByteRange part, BlockState from, BlockState to);
 
@@ -122,7 +130,7 @@ void BlockMap::for_each_run(ByteRange range, F&& f) const {
     const std::uint8_t state = chunks_[chunk] & state_mask;
     if (state != mixed) {
       extend(at, static_cast<BlockState>(state));
-      at = (chunk + 1) * chunk_size;
+      at = first_other(chunk, chunks_end(range), state_mask, state) * chunk_size;
     } else {
       extend(at, block_state(at / block_size_min));
       at = (at / block_size_min + 1) * block_size_min;

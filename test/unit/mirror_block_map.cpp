@@ -110,6 +110,40 @@ TEST_CASE("the next stale run begins where the twin's does") {
   }
 }
 
+// Long runs of chunks that are alike are walked in words: borders of words, groups and flags.
+TEST_CASE("the map agrees with a vector where it is large and even") {
+  std::mt19937 random(4);
+  const std::uint64_t size = 9000 * chunk_size + 5000;
+  BlockMap map(size, 1000);
+  Twin twin(size);
+  std::vector<bool> flags(map.chunk_count());
+  for (int step = 0; step < 400; ++step) {
+    const std::uint64_t fine = step % 4 == 0 ? block_size_min : chunk_size;
+    const std::uint64_t a = random() % (size / fine) * fine;
+    const std::uint64_t b = step % 16 == 0 ? size : random() % (size / fine) * fine;
+    const ByteRange r{std::min(a, b), std::max(a, b)};
+    if (r.empty()) continue;
+    const auto state = static_cast<BlockState>(random() % 3);
+    map.set(r, state);
+    twin.set(r, state);
+    const ByteRange f = map.chunk_range(random() % map.chunk_count());
+    const bool on = random() % 2 == 0;
+    const ByteRange flagged{f.begin, std::min(size, f.end + random() % 100 * chunk_size)};
+    if (on) {
+      map.set_flag(flagged, ChunkFlag::written);
+    } else {
+      map.clear_flag(flagged, ChunkFlag::written);
+    }
+    for (std::uint64_t c = f.begin / chunk_size; c * chunk_size < flagged.end; ++c) flags[c] = on;
+    REQUIRE(map.any(r, BlockState::armed) == twin.any(r, BlockState::armed));
+    const auto first = std::find(flags.begin() + static_cast<std::ptrdiff_t>(r.begin / chunk_size),
+                                 flags.end(), true);
+    const auto chunk = static_cast<std::uint64_t>(first - flags.begin());
+    REQUIRE(map.any_flag(r, ChunkFlag::written) == (chunk * chunk_size < r.end));
+    if (step % 20 == 0) check_same(map, twin);
+  }
+}
+
 TEST_CASE("a run never reaches into a suspect chunk") {
   BlockMap map(chunk_size * 4, 100);
   map.set_flag(map.chunk_range(1), ChunkFlag::suspect);
