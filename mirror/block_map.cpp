@@ -237,6 +237,14 @@ bool BlockMap::any_flag(ByteRange range, ChunkFlag flag) const {
   return first_other(range.begin / chunk_size, end, static_cast<std::uint8_t>(flag), 0) != end;
 }
 
+std::pair<ByteRange, bool> BlockMap::flag_run(ByteRange range, ChunkFlag flag) const {
+  const std::uint64_t first = range.begin / chunk_size;
+  const auto bit = static_cast<std::uint8_t>(flag);
+  const bool on = chunk_flag(first, flag);
+  const std::uint64_t end = first_other(first, chunks_end(range), bit, on ? bit : 0);
+  return {{range.begin, std::min(range.end, end * chunk_size)}, on};
+}
+
 void BlockMap::check_invariants() const {
   std::uint64_t stale = 0;
   std::uint64_t armed = 0;

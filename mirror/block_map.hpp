@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "mirror/assert.hpp"
@@ -66,6 +67,8 @@ class BlockMap {
   void set_flag(ByteRange range, ChunkFlag flag);
   void clear_flag(ByteRange range, ChunkFlag flag);
   [[nodiscard]] bool any_flag(ByteRange range, ChunkFlag flag) const;
+  // The longest beginning of `range` whose chunks agree in the flag, and whether they have it.
+  [[nodiscard]] std::pair<ByteRange, bool> flag_run(ByteRange range, ChunkFlag flag) const;
   [[nodiscard]] bool chunk_flag(std::uint64_t chunk, ChunkFlag flag) const {
     return (chunks_[chunk] & static_cast<std::uint8_t>(flag)) != 0;
   }

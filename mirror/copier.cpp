@@ -12,6 +12,8 @@ namespace {
 constexpr std::size_t copies_max = 64;
 constexpr Duration unreadable_retry = std::chrono::seconds(2);
 constexpr std::uint64_t hole_growth = 4;
+// The hint looks this many probes ahead, so that a sparse disk does not wait for one at each probe.
+constexpr std::uint64_t hint_probes = 64;
 
 bool is_zero(std::span<const std::byte> bytes) {
   const auto* p = bytes.data();
@@ -78,7 +80,8 @@ std::optional<std::pair<ByteRange, bool>> Copier::hinted(ByteRange run) {
     op.id = m_.context().new_op(OpKind::hint);
     op.command = Command::block_status;
     op.range = {run.begin,
-                std::min(m_.map().size(), run.begin + m_.context().config.limits.probe_bytes)};
+                std::min(m_.map().size(),
+                         run.begin + hint_probes * m_.context().config.limits.probe_bytes)};
     hint_op_ = op.id;
     hint_from_ = run.begin;
     m_.context().submit_source(std::move(op));
@@ -114,6 +117,32 @@ void Copier::hint_done(SourceDone&& event) {
   }
   hint_end_ = hint_begin_ + length;
   poke();
+}
+
+// The hint was wrong in `range`, or is old: there it becomes what the probe has answered.
+void Copier::correct_hint(ByteRange range, const std::vector<Extent>& extents) {
+  const ByteRange known{hint_begin_, hint_end_};
+  if (!known.contains(range)) {
+    hint_begin_ = hint_end_ = 0;  // ask again
+    return;
+  }
+  std::vector<Extent> corrected;
+  const auto add = [&](const std::vector<Extent>& list, std::uint64_t at, ByteRange part) {
+    for (const auto& e : list) {
+      const ByteRange cut = part.intersect({at, at + e.length});
+      at += e.length;
+      if (!cut.empty()) corrected.push_back({cut.length(), e.hole, e.zero});
+    }
+    return std::min(at, part.end);
+  };
+  add(hint_, hint_begin_, {hint_begin_, range.begin});
+  const std::uint64_t answered = add(extents, range.begin, range);
+  if (answered == range.end) {
+    add(hint_, hint_begin_, {range.end, hint_end_});
+  } else {
+    hint_end_ = answered;
+  }
+  hint_ = std::move(corrected);
 }
 
 bool Copier::start_one() {
@@ -261,8 +290,7 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
   Ranges data{c.range};
   for (const auto& h : holes) subtract(data, h);
   if (!data.empty()) {
-    // The hint was wrong here, or is old: ask again.
-    hint_begin_ = hint_end_ = 0;
+    correct_hint(c.range, extents);
     cursor_ = std::min(cursor_, data[0].begin);
   }
   for (const auto& d : data) {
@@ -275,12 +303,14 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
 
 // Rule 9: not at all where the target is known to be zero.
 void Copier::zero_range(Copy& c, ByteRange range) {
-  const bool may_ask = m_.info().has_allocation && (!m_.map().any_flag(range, ChunkFlag::written) ||
-                                                    NBDFERRY_MUTANT(status_after_write));
-  if (may_ask) {
-    c.pieces.push_back({c.id, range, Command::block_status, {}});
-  } else {
-    add_pieces(c, range, Command::zero, {});
+  for (ByteRange rest = range; !rest.empty();) {
+    const auto [run, written] = m_.map().flag_run(rest, ChunkFlag::written);
+    if (m_.info().has_allocation && (!written || NBDFERRY_MUTANT(status_after_write))) {
+      c.pieces.push_back({c.id, run, Command::block_status, {}});
+    } else {
+      add_pieces(c, run, Command::zero, {});
+    }
+    rest.begin = run.end;
   }
 }
 

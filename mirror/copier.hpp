@@ -95,6 +95,7 @@ class Copier {
   [[nodiscard]] std::optional<ByteRange> readable_part(ByteRange run);
   // How far the run is all hole or all data, as far as the hint knows; asks when it does not.
   [[nodiscard]] std::optional<std::pair<ByteRange, bool>> hinted(ByteRange run);
+  void correct_hint(ByteRange range, const std::vector<Extent>& extents);
   void arm(ByteRange range, bool expect_hole);
   void proceed(Copy& copy);
   void read_failed(Copy& copy, IoError error);

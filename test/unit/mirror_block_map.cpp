@@ -140,6 +140,11 @@ TEST_CASE("the map agrees with a vector where it is large and even") {
                                  flags.end(), true);
     const auto chunk = static_cast<std::uint64_t>(first - flags.begin());
     REQUIRE(map.any_flag(r, ChunkFlag::written) == (chunk * chunk_size < r.end));
+    const auto [run, set] = map.flag_run(r, ChunkFlag::written);
+    REQUIRE(set == flags[r.begin / chunk_size]);
+    const std::uint64_t unlike = set ? run.end : std::min(chunk * chunk_size, r.end);
+    REQUIRE((run.begin == r.begin && run.end == unlike));
+    REQUIRE((run.end == r.end || flags[run.end / chunk_size] != set));
     if (step % 20 == 0) check_same(map, twin);
   }
 }
