@@ -31,8 +31,10 @@ inline constexpr std::uint32_t string_bytes_max = 4096;
 
 // Requests from their header's arrival until their reply has left. Beyond: the socket is not read.
 inline constexpr std::size_t requests_in_flight_max = 256;
-// Bytes of reads and writes, counted in the same way; one request alone may always pass.
-inline constexpr std::uint64_t bytes_in_flight_max = 64ULL * 1024 * 1024;
+// Bytes of reads and writes, counted in the same way, of all clients of a server: each may have an
+// equal part of it, or one request alone. What it got while they were fewer, it keeps until it has
+// taken its replies.
+inline constexpr std::uint64_t bytes_in_flight_max = 16ULL * 1024 * 1024;
 // One large receive: about thirty 4 KiB writes.
 inline constexpr std::size_t input_bytes = 128UL * 1024;
 // Writes up to this size are copied once out of the input; larger ones are received in place.

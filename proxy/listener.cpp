@@ -173,26 +173,38 @@ void Server::listen_tcp(const std::string& host, std::uint16_t port) {
 }
 
 void Server::serve(UniqueFd socket, std::string peer) {
-  settle_older(nullptr);
+  settle_hung_up(nullptr);  // makes room, too
   if (sessions_.size() >= limits::connections_max) {
     log("client {}: refused: {} connections are open, which is the limit", peer, sessions_.size());
     return;
   }
+  const int fd = socket.get();
   SessionOwner& owner = *this;
   auto session = std::make_shared<Session>(io_, std::move(socket), std::move(peer), fronts_, owner);
   sessions_.push_back(session);
+  if (!hangups_.add(fd, *session)) {
+    log("client {}: refused: the system watches no more connections", session->peer());
+    return session->close();
+  }
   session->start();
 }
 
-void Server::before_requests(Session& session) { settle_older(&session); }
+void Server::before_requests(Session& session) {
+  if (sessions_.size() > 1) settle_hung_up(&session);
+}
 
-void Server::settle_older(const Session* newer) {
+void Server::settle_hung_up(const Session* but) {
+  const auto found = hangups_.hung_up();
+  if (found.empty()) return;
   // Settling may close sessions, which takes them out of the list.
   const auto sessions = sessions_;
-  for (const auto& session : sessions) {
-    if (session.get() == newer) break;
-    session->settle_if_hung_up();
+  for (Session* session : found) {
+    if (session != but) session->settle_hung_up();
   }
+}
+
+std::uint64_t Server::bytes_share() const {
+  return limits::bytes_in_flight_max / std::max<std::size_t>(sessions_.size(), 1);
 }
 
 void Server::session_closed(Session& session) {

@@ -2,10 +2,11 @@
 //
 // What must hold:
 //  - At most limits::connections_max sessions are open.
-//  - Rule 8's front: before a newer connection's first request is taken, every older session whose
-//    peer has hung up is settled. It is done when a connection is accepted and again when it enters
-//    transmission. (A connection that was open all along is not covered: a client with several of
-//    them has to wait until a lost one is known to be dead, as for any NBD server.)
+//  - Rule 8's front: before what a session has received is taken as requests, every other one whose
+//    peer has hung up is settled. A client with several connections that loses one of them says
+//    the lost writes again on another, then newer ones: the old ones must not come after these.
+//    (A hang-up that the network has not told us of yet is beyond anybody's reach.)
+//  - The bytes in flight are shared by all clients, in equal parts.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +19,7 @@
 #include <boost/asio/io_context.hpp>
 
 #include "proxy/front.hpp"
+#include "proxy/hangup_watch.hpp"
 #include "proxy/session.hpp"
 #include "proxy/unique_fd.hpp"
 
@@ -55,13 +57,15 @@ class Server final : private SessionOwner {
   class Acceptor;
 
   void before_requests(Session& session) override;
+  [[nodiscard]] std::uint64_t bytes_share() const override;
   void session_closed(Session& session) override;
-  void settle_older(const Session* newer);
+  void settle_hung_up(const Session* but);
   void call_when_idle();
 
   boost::asio::io_context& io_;
   std::vector<Front*> fronts_;
   std::vector<std::shared_ptr<Acceptor>> acceptors_;
+  HangupWatch hangups_;
   std::vector<std::shared_ptr<Session>> sessions_;  // oldest first
   std::uint16_t bound_port_ = 0;
   std::function<void()> on_idle_;

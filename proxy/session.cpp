@@ -7,7 +7,6 @@
 #include <cerrno>
 #include <utility>
 
-#include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -85,6 +84,7 @@ void Session::turn() {
       close();
       break;
     }
+    if (phase_ == Phase::transmission) owner_->before_requests(*this);
     const auto taken = requests_taken_;
     parse();
     // One request and nothing behind it: this client waits for the answer, not we for more.
@@ -250,7 +250,7 @@ bool Session::fill_large_write() {
 bool Session::within_limits(const nbd::Request& request) const {
   if (in_flight_.requests == 0) return true;
   return in_flight_.requests < limits::requests_in_flight_max &&
-         in_flight_.bytes + nbd::bytes_held(request) <= limits::bytes_in_flight_max;
+         in_flight_.bytes + nbd::bytes_held(request) <= owner_->bytes_share();
 }
 
 // Input waits that could go on now.
@@ -292,10 +292,8 @@ void Session::admit(const nbd::Request& request, Payload payload) {
 // --- rule 8
 // ---------------------------------------------------------------------------------------
 
-void Session::settle_if_hung_up() {
-  if (phase_ == Phase::closed) return;
-  pollfd poll{socket_.native_handle(), POLLRDHUP, 0};
-  if (::poll(&poll, 1, 0) <= 0) return;
+void Session::settle_hung_up() {
+  if (phase_ == Phase::closed || phase_ == Phase::finishing) return;
   settle();
   end_turn();
 }

@@ -15,7 +15,8 @@
 //  - The export may answer from inside submit(): a reply is encoded and perhaps sent there, and
 //    nothing else. Whatever may end the session or take more input waits for the end of the turn.
 //  - Rule 8: when the peer has hung up, either all that it left unread is admitted at once, because
-//    it ends in a DISC, or none of it is.
+//    it ends in a DISC, or none of it is. And nothing that was received is admitted before the owner
+//    has settled the others that had hung up by then.
 #pragma once
 
 #include <cstddef>
@@ -46,9 +47,11 @@ class Session;
 // Whoever keeps the sessions.
 class SessionOwner {
  public:
-  // The session is about to take its first request: what older connections have left must be
-  // settled before (rule 8).
+  // The session has received what may be requests: what other connections have left is to be
+  // settled before they are taken (rule 8).
   virtual void before_requests(Session& session) = 0;
+  // Of the bytes in flight that all clients share, what a client may have.
+  [[nodiscard]] virtual std::uint64_t bytes_share() const = 0;
   // The last call for this session.
   virtual void session_closed(Session& session) = 0;
 
@@ -65,8 +68,9 @@ class Session final : public ReplySink, public std::enable_shared_from_this<Sess
   ~Session() override;
 
   void start();
-  // If the peer has hung up: admits or drops what it left (rule 8). Not from inside the Front.
-  void settle_if_hung_up();
+  [[nodiscard]] const std::string& peer() const { return peer_; }
+  // The peer has hung up: admits or drops what it left (rule 8). Not from inside the Front.
+  void settle_hung_up();
   // Takes no more requests; closes when the outstanding ones are answered. Not from inside the
   // Front.
   void finish();

@@ -1,16 +1,22 @@
-// Rule 8's front, as a scene: a client with writes that the server hasn't read yet goes away, and
+// Rule 8's front, as a scene: a connection with writes that the server hasn't read yet goes away, and
 // its successor writes the same block. Which write is on the disk in the end?
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "test/unit/proxy_nbd_fixture.hpp"
 
 namespace nbdferry::proxy::test {
 
+// Who writes the block again: a connection that is made when the old one has gone, or another one
+// of the same client's, open all along.
+enum class Successor { newcomer, open_already };
+
 // The byte that the disk holds: 'o' is the old client's unread write, 'n' its successor's.
 // `disc`: the old client says good-bye behind its last write.
-inline char survivor_of_two_clients(bool over_tcp, bool disc) {
+inline char survivor_of_two_clients(bool over_tcp, bool disc,
+                                    Successor successor = Successor::newcomer) {
   using Type = nbd::RequestType;
   ServerThread server(1 << 20);
   // Held: the first client reaches its limit, and what it sends after that stays unread.
@@ -23,6 +29,8 @@ inline char survivor_of_two_clients(bool over_tcp, bool disc) {
   };
   constexpr std::size_t limit = 256;
   RawClient old_client = connect();
+  std::optional<RawClient> new_client;
+  if (successor == Successor::open_already) new_client = connect();
   std::string unread;
   for (std::size_t i = 0; i < limit; ++i) unread += request_header(Type::read, 4096, 512);
   unread += request_header(Type::write, 0, 512) + std::string(512, 'o');
@@ -33,8 +41,8 @@ inline char survivor_of_two_clients(bool over_tcp, bool disc) {
   // Closed while nothing waits to be read: TCP would reset the connection and drop the rest.
   old_client.close();
 
-  RawClient new_client = connect();
-  new_client.send_request(Type::write, 0, 512, 0, std::string(512, 'n'));
+  if (!new_client) new_client = connect();
+  new_client->send_request(Type::write, 0, 512, 0, std::string(512, 'n'));
   const auto arrived = [&] {
     return server.front.held.back().command == Command::write &&
            session_of(server.front.held.back().id) == 2;
@@ -45,7 +53,7 @@ inline char survivor_of_two_clients(bool over_tcp, bool disc) {
     server.front.release();
     return 0;
   });
-  if (new_client.reply().error != 0) return '?';
+  if (new_client->reply().error != 0) return '?';
   // Whatever the server still does for the old client is done when its session has gone.
   if (!server.eventually([&] { return server.server->sessions() == 1; })) return '?';
   return server.on_loop([&] { return static_cast<char>(server.front.data[0]); });

@@ -1,0 +1,117 @@
+// The target is a nbdferry that waits for a migration (rule 11): whose writes it takes, and whether
+// the path knows that it has been accepted. Against the real program.
+#include <string>
+
+#include "transport_harness.hpp"
+
+#include <doctest/doctest.h>
+
+namespace nbdferry::test {
+
+namespace {
+
+constexpr std::uint64_t mib = 1024 * 1024;
+
+// Migration ids are "<source>.<migration>", 32 hex digits each.
+std::string id_of(char source, char migration) {
+  return std::string(32, source) + "." + std::string(32, migration);
+}
+
+class Nbdferry {
+ public:
+  explicit Nbdferry(std::vector<std::string> options)
+      : process_(command(std::move(options), dir_)) {
+    REQUIRE(wait_for_socket(dir_.path("s")));
+  }
+
+  [[nodiscard]] transport::TargetConfig config(const std::string& migration_id) const {
+    transport::TargetConfig config;
+    config.uris = {"nbd+unix:///?socket=" + dir_.path("s")};
+    config.migration_id = migration_id;
+    return config;
+  }
+
+ private:
+  static std::vector<std::string> command(std::vector<std::string> options, const TempDir& dir) {
+    std::vector<std::string> all = {NBDFERRY_PROGRAM, "serve",     "--socket",
+                                    dir.path("s"),    "--control", dir.path("c")};
+    all.insert(all.end(), options.begin(), options.end());
+    all.push_back(dir.file("disk", 8 * mib));
+    return all;
+  }
+  TempDir dir_;
+  Process process_;
+};
+
+bool accepted(const Driver& d) { return d.target->paths().front().nbdferry; }
+
+IoError write_error(Driver& d) {
+  auto w = make_op(Command::write, 0, 4096);
+  w.payload = filled(4096, 'x');
+  return d.call(w).error;
+}
+
+}  // namespace
+
+TEST_CASE("an incoming nbdferry takes writes from its migration and from nobody else") {
+  Nbdferry server({"--incoming"});
+  Driver ours(server.config(id_of('a', '1')));
+  REQUIRE_MESSAGE(ours.open(), ours.reason);
+  REQUIRE(ours.until([&] { return ours.connections() == 4; }));
+  CHECK(accepted(ours));
+  CHECK(write_error(ours) == IoError::none);
+
+  SUBCASE("another source: not accepted, EPERM, and ours goes on") {
+    Driver other(server.config(id_of('b', '1')));
+    REQUIRE(other.open());
+    CHECK_FALSE(accepted(other));
+    CHECK(write_error(other) == IoError::not_permitted);
+    CHECK(write_error(ours) == IoError::none);
+    CHECK(ours.count("lost") == 0);
+  }
+  SUBCASE("nobody's writes: EPERM, reads are answered") {
+    Driver other(server.config(""));
+    REQUIRE(other.open());
+    CHECK_FALSE(accepted(other));
+    CHECK(write_error(other) == IoError::not_permitted);
+    CHECK(other.call(make_op(Command::zero, 0, 4096)).error == IoError::not_permitted);
+    CHECK(other.call(make_op(Command::read, 0, 4096)).error == IoError::none);
+  }
+  SUBCASE("no id at all, though of our source: not accepted") {
+    Driver other(server.config(std::string(32, 'a')));
+    REQUIRE(other.open());
+    CHECK_FALSE(accepted(other));
+    CHECK(write_error(other) == IoError::not_permitted);
+  }
+  SUBCASE("a new migration of the same source replaces ours and fences its connections") {
+    Driver newer(server.config(id_of('a', '2')));
+    REQUIRE(newer.open());
+    CHECK(accepted(newer));
+    CHECK(write_error(newer) == IoError::none);
+    CHECK(ours.until([&] { return ours.count("lost") >= 1; }));
+  }
+}
+
+TEST_CASE("a nbdferry that serves its own disk, and a generic server, know no migration") {
+  SUBCASE("nbdferry, not incoming") {
+    Nbdferry server({});
+    Driver d(server.config(id_of('a', '1')));
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK_FALSE(accepted(d));
+    CHECK(write_error(d) == IoError::none);
+  }
+  SUBCASE("nbdkit") {
+    Listener listener;
+    transport::TargetConfig config;
+    config.uris = {listener.uri()};
+    config.migration_id = id_of('a', '1');
+    Process server({"nbdkit", "-f", "memory", "8M"}, &listener);
+    Driver d(config);
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK_FALSE(accepted(d));
+    CHECK(d.info.has_allocation);  // the other context is not lost with it
+    CHECK(write_error(d) == IoError::none);
+  }
+}
+
+}  // namespace nbdferry::test
