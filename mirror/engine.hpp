@@ -51,6 +51,7 @@ struct Status {
   std::uint64_t zeroed_bytes = 0;    // by the copier: sent as zeroes or known to be zero
   std::uint64_t mirrored_bytes = 0;  // guest writes answered by the target
   std::uint64_t suspect_bytes = 0;
+  Duration quarantine_left{0};  // until nothing is suspect, if no more is lost
   std::uint64_t unreadable_bytes = 0;
   std::uint64_t verified_bytes = 0;
   std::uint64_t mismatched_bytes = 0;

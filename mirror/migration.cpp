@@ -362,6 +362,7 @@ void Migration::report(Status& s) const {
   s.zeroed_bytes = zeroed_bytes_;
   s.mirrored_bytes = mirrored_bytes_;
   s.suspect_bytes = suspects_.bytes();
+  s.quarantine_left = suspects_.left(context_.now);
   s.unreadable_bytes = copier_.unreadable_bytes();
   s.verified_bytes = verifier_.verified_bytes();
   s.mismatched_bytes = verifier_.mismatched_bytes();

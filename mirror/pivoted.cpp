@@ -439,6 +439,10 @@ void Pivoted::report(Status& s) const {
   std::uint64_t suspect = 0;
   for (const auto& q : quarantines_) suspect += q.range.length();
   s.suspect_bytes = suspect;
+  s.quarantine_left = Duration{0};
+  for (const auto& q : quarantines_) {
+    s.quarantine_left = std::max(s.quarantine_left, q.until - context_.now);
+  }
 }
 
 }  // namespace nbdferry::mirror

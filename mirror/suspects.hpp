@@ -33,6 +33,13 @@ class Suspects {
     return out;
   }
 
+  // Until none is left.
+  [[nodiscard]] Duration left(Time now) const {
+    Time last = now;
+    for (const auto& s : list_) last = std::max(last, s.until);
+    return last - now;
+  }
+
   // Bytes that are suspect, each counted once.
   [[nodiscard]] std::uint64_t bytes() const {
     std::vector<ByteRange> sorted;

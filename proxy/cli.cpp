@@ -159,8 +159,9 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
            "(default: 50ms)",
            options.max_delay);
   add_time(app, "--downtime-limit",
-           "Longest hold of guest writes at the switchover "
-           "(default: 300ms)",
+           "Longest hold of guest writes at the switchover (default: 300ms). It also says when "
+           "the disk is in sync: when what is left to send takes no longer than this at the "
+           "present rate. With 20s that can be much, and the switchover sends it first",
            options.downtime_limit);
   add_choice<mirror::SwitchWhen>(
       app, "--switch", "What to do once in sync (default: manual)",

@@ -5,6 +5,7 @@
 
 #include "proxy/export_impl.hpp"
 #include "proxy/log.hpp"
+#include "proxy/verdict.hpp"
 
 namespace nbdferry::proxy {
 
@@ -15,39 +16,12 @@ constexpr double progress_weight = 0.3;
 constexpr Duration stop_poll = std::chrono::milliseconds(5);
 constexpr Duration stop_limit = std::chrono::seconds(60);
 
-std::uint64_t debt_of(const mirror::Status& s) {
-  return s.stale_bytes + s.copying_bytes + s.buffered_bytes;
-}
-
-std::string verdict_of(const mirror::Status& s, const std::optional<double>& eta) {
-  using mirror::Phase;
-  switch (s.phase) {
-    case Phase::idle:
-      return "no migration";
-    case Phase::connecting:
-      return "connecting to the target";
-    case Phase::copying:
-      if (s.suspect_bytes != 0 && s.stale_bytes <= s.suspect_bytes) {
-        return "waiting for the quarantine of writes that were lost with a connection";
-      }
-      return eta ? fmt::format("copying: about {:.0f} s left", *eta) : "copying";
-    case Phase::in_sync:
-      return "in sync: ready to switch";
-    case Phase::interrupted:
-      return "interrupted: the target is gone, the guest goes on, trying again";
-    case Phase::failed:
-      return "failed: " + s.last_error;
-    default:
-      return std::string(to_string(s.phase));
-  }
-}
-
 }  // namespace
 
 void ExportImpl::measure_progress() {
   const Time t = now();
   if (t - measured_at_ < measure_period) return;
-  const std::uint64_t debt = debt_of(engine_->status());
+  const std::uint64_t debt = debt_bytes(engine_->status());
   const double seconds = std::chrono::duration<double>(t - measured_at_).count();
   if (measured_at_ != Time{0} && measured_debt_ > debt) {
     const double sample = static_cast<double>(measured_debt_ - debt) / seconds;
@@ -80,13 +54,14 @@ ExportStatus ExportImpl::status() const {
   s.guest_write_iops = rates.write_iops;
   s.guest_write_bytes_per_second = rates.write_bytes_per_second;
   s.guest_connections = static_cast<std::uint32_t>(sessions_.size());
-  const std::uint64_t debt = debt_of(s.core);
+  const std::uint64_t debt = debt_bytes(s.core);
   if (s.core.phase == mirror::Phase::copying && progress_ > 1) {
-    s.eta_seconds = static_cast<double>(debt) / progress_;
+    const double quarantine = std::chrono::duration<double>(s.core.quarantine_left).count();
+    s.eta_seconds = std::max(static_cast<double>(debt) / progress_, quarantine);
   } else if (s.core.in_sync) {
     s.eta_seconds = 0;
   }
-  s.verdict = verdict_of(s.core, s.eta_seconds);
+  s.verdict = verdict_of(s);
   return s;
 }
 

@@ -2,11 +2,14 @@
 #include "proxy/status_json.hpp"
 
 #include <array>
+#include <chrono>
 #include <stdexcept>
 #include <string_view>
 
 #include <boost/json.hpp>
 #include <fmt/format.h>
+
+#include "proxy/verdict.hpp"
 
 namespace nbdferry::proxy {
 namespace {
@@ -94,6 +97,12 @@ const char* serving_name(mirror::Serving serving) {
   return serving_names.at(static_cast<std::size_t>(serving));
 }
 
+double seconds_of(Duration time) { return std::chrono::duration<double>(time).count(); }
+
+Duration from_seconds(double seconds) {
+  return std::chrono::round<Duration>(std::chrono::duration<double>(seconds));
+}
+
 // Empty strings mean "none": JSON says null.
 json::value or_null(const std::string& text) {
   return text.empty() ? json::value(nullptr) : json::value(text);
@@ -119,10 +128,6 @@ PathStatus path_from_json(const json::object& object) {
 
 }  // namespace
 
-std::uint64_t debt_bytes(const mirror::Status& status) {
-  return status.stale_bytes + status.buffered_bytes + status.copying_bytes;
-}
-
 json::object status_to_json(const ExportStatus& status) {
   const mirror::Status& core = status.core;
   json::object o;
@@ -136,6 +141,7 @@ json::object status_to_json(const ExportStatus& status) {
   o["debt_bytes"] = debt_bytes(core);
   write_fields(o, core_flags, core);
   o["bytes_per_second"] = core.bytes_per_second;
+  o["quarantine_seconds"] = seconds_of(core.quarantine_left);
   o["eta_seconds"] = status.eta_seconds ? json::value(*status.eta_seconds) : json::value(nullptr);
   json::array paths;
   for (const PathStatus& path : status.paths) paths.emplace_back(path_to_json(path));
@@ -163,6 +169,7 @@ ExportStatus status_from_json(const json::object& o) {
   read_fields(o, core_numbers, core);
   read_fields(o, core_flags, core);
   core.bytes_per_second = read<double>(o, "bytes_per_second");
+  core.quarantine_left = from_seconds(read<double>(o, "quarantine_seconds"));
   if (!at(o, "eta_seconds").is_null()) status.eta_seconds = read<double>(o, "eta_seconds");
   for (const json::value& path : read<json::array>(o, "paths")) {
     if (!path.is_object()) throw std::invalid_argument("paths holds something else");

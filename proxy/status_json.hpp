@@ -10,10 +10,6 @@
 
 namespace nbdferry::proxy {
 
-// All that the target does not hold for sure: stale, queued or unanswered, being copied. Suspect
-// blocks are stale, so they are counted.
-[[nodiscard]] std::uint64_t debt_bytes(const mirror::Status& status);
-
 [[nodiscard]] boost::json::object status_to_json(const ExportStatus& status);
 
 // Throws std::invalid_argument when a field is absent or of another type.

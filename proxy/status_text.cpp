@@ -6,8 +6,8 @@
 
 #include <fmt/format.h>
 
-#include "proxy/status_json.hpp"
 #include "proxy/units.hpp"
+#include "proxy/verdict.hpp"
 
 namespace nbdferry::proxy {
 namespace {

@@ -97,6 +97,12 @@ def incoming(scratch):
     load.end()
     check(not writable(there.uri), "a stranger's writes before promote")
     check(not writable(here.uri), "the source is fenced")
+
+    def says_where_to_go(disk):
+        verdict = disk.status()["verdict"]
+        check(there.uri in verdict and "promote" in verdict, f"the verdict: {verdict}")
+
+    says_where_to_go(here)
     here.fails("migrate", there.uri, because="cannot migrate")
     there.ok("promote")
     there.ok("promote")
@@ -105,6 +111,7 @@ def incoming(scratch):
     here.stop()
     here = ferry.Ferry(scratch, image, name="here-again")
     check(here.status()["role"] == "retired", "retired across a restart")
+    says_where_to_go(here)
     check(not writable(here.uri), "a retired disk takes writes")
     check(run(["nbdcopy", here.uri, "null:"]).returncode != 0, "a retired disk answers reads")
     here.stop()

@@ -35,6 +35,7 @@ ExportStatus full_status() {
   c.zeroed_bytes = 16ULL << 20;
   c.mirrored_bytes = 7ULL << 20;
   c.suspect_bytes = 4096;
+  c.quarantine_left = std::chrono::milliseconds(12345);
   c.unreadable_bytes = 8192;
   c.verified_bytes = 5;
   c.mismatched_bytes = 6;
@@ -71,6 +72,7 @@ TEST_CASE("status: JSON has what the contract names, and comes back as it was") 
   CHECK(o.at("phase") == "copying");
   CHECK(o.at("debt_bytes") == 512ULL << 20);
   CHECK(o.at("suspects") == 4096);
+  CHECK(o.at("quarantine_seconds") == 12.345);
   CHECK(o.at("paths").at(0).at("rtt_us") == 230);
   CHECK(o.at("guest").at("write_iops") == 2000.5);
   // Through text, as on the socket.

@@ -1,0 +1,96 @@
+// What a status amounts to.
+#include "proxy/verdict.hpp"
+
+#include <cmath>
+
+#include <fmt/format.h>
+
+namespace nbdferry::proxy {
+namespace {
+
+using mirror::Phase;
+
+double quarantine_seconds(const mirror::Status& core) {
+  return std::ceil(std::chrono::duration<double>(core.quarantine_left).count());
+}
+
+std::string copying(const ExportStatus& status) {
+  const mirror::Status& core = status.core;
+  if (core.suspect_bytes != 0 && core.stale_bytes <= core.suspect_bytes) {
+    return fmt::format(
+        "waiting {:.0f} s more for writes that were lost with a connection and may still arrive",
+        quarantine_seconds(core));
+  }
+  return status.eta_seconds ? fmt::format("copying: about {:.0f} s left", *status.eta_seconds)
+                            : "copying";
+}
+
+std::string cancelled(const mirror::Status& core) {
+  std::string text = "cancelled: the guest goes on here";
+  if (core.suspect_bytes != 0) {
+    text += fmt::format(
+        "; a new migration can be in sync in {:.0f} s at the earliest (writes that were lost with "
+        "a connection may still arrive)",
+        quarantine_seconds(core));
+  }
+  return text;
+}
+
+// Somebody else has the disk, by this migration or by one before a restart.
+std::string away(const ExportStatus& status) {
+  const std::string peer = status.peer.empty() ? "its target" : status.peer;
+  if (status.core.serving == mirror::Serving::target) {
+    return fmt::format("pivoted: the guest is served from here, its disk is at {}", peer);
+  }
+  return fmt::format(
+      "{}: this copy is fenced, the disk is at {}: run `nbdferry promote` there if a nbdferry "
+      "serves it, and connect the guest there",
+      status.role == "pivoted" ? "pivoted" : "released", peer);
+}
+
+}  // namespace
+
+std::uint64_t debt_bytes(const mirror::Status& status) {
+  return status.stale_bytes + status.buffered_bytes + status.copying_bytes;
+}
+
+std::string verdict_of(const ExportStatus& status) {
+  const mirror::Status& core = status.core;
+  switch (core.phase) {
+    case Phase::idle:
+      if (core.serving != mirror::Serving::source) return away(status);
+      if (status.role == "incoming") {
+        return "incoming: takes writes only from its migration; promote it when the source has "
+               "switched";
+      }
+      return "no migration";
+    case Phase::queued:
+      return "waiting until the earlier migration has let go of its connections";
+    case Phase::connecting:
+      return "connecting to the target";
+    case Phase::copying:
+      return copying(status);
+    case Phase::paused:
+      return "paused: the guest's writes become debt until it is resumed";
+    case Phase::in_sync:
+      return "in sync: ready to switch";
+    case Phase::prepared:
+      return "prepared: seal and commit, or abort";
+    case Phase::sealed:
+      return "sealed: the guest's writes are held until commit or abort";
+    case Phase::switching:
+      return "switching";
+    case Phase::switched:
+      return core.serving == mirror::Serving::source ? "switched, and unfenced since"
+                                                     : away(status);
+    case Phase::interrupted:
+      return "interrupted: the target is gone, the guest goes on, trying again";
+    case Phase::failed:
+      return "failed: " + core.last_error;
+    case Phase::cancelled:
+      return cancelled(core);
+  }
+  return {};
+}
+
+}  // namespace nbdferry::proxy

@@ -1,0 +1,83 @@
+// The verdict: it says where things stand, and what to do next.
+#include <doctest/doctest.h>
+
+#include "proxy/verdict.hpp"
+
+namespace nbdferry::proxy {
+namespace {
+
+using mirror::Phase;
+using mirror::Serving;
+
+ExportStatus at(Phase phase, Serving serving = Serving::source) {
+  ExportStatus s;
+  s.role = "owner";
+  s.core.phase = phase;
+  s.core.serving = serving;
+  return s;
+}
+
+bool says(const ExportStatus& status, const std::string& part) {
+  const std::string text = verdict_of(status);
+  CAPTURE(text);
+  CHECK(text.find('\n') == std::string::npos);
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE("verdict: every phase has one") {
+  for (int i = 0; i <= static_cast<int>(Phase::cancelled); ++i) {
+    CAPTURE(i);
+    CHECK_FALSE(verdict_of(at(static_cast<Phase>(i))).empty());
+  }
+}
+
+TEST_CASE("verdict: after a release it says where the disk is, and to promote it there") {
+  ExportStatus s = at(Phase::switched, Serving::nobody);
+  s.role = "retired";
+  s.peer = "nbd://host/vm";
+  CHECK(says(s, "released"));
+  CHECK(says(s, "nbd://host/vm"));
+  CHECK(says(s, "nbdferry promote"));
+  // After a restart, too, when no migration is remembered.
+  s.core.phase = Phase::idle;
+  CHECK(says(s, "nbd://host/vm"));
+  CHECK(says(s, "fenced"));
+}
+
+TEST_CASE("verdict: after a pivot the guest stays, the disk is there") {
+  ExportStatus s = at(Phase::switched, Serving::target);
+  s.role = "pivoted";
+  s.peer = "nbd://host/vm";
+  CHECK(says(s, "served from here"));
+  CHECK(says(s, "nbd://host/vm"));
+  // The process that held the connections has ended: nobody serves any more.
+  s.core.phase = Phase::idle;
+  s.core.serving = Serving::nobody;
+  CHECK(says(s, "fenced"));
+}
+
+TEST_CASE("verdict: a quarantine is waited for in plain sight, with the seconds left") {
+  ExportStatus s = at(Phase::cancelled);
+  CHECK(says(s, "goes on here"));
+  CHECK_FALSE(says(s, "new migration"));
+  s.core.suspect_bytes = 8192;
+  s.core.quarantine_left = std::chrono::milliseconds(41'200);
+  CHECK(says(s, "new migration can be in sync in 42 s"));
+  s.core.phase = Phase::copying;
+  s.core.stale_bytes = 8192;
+  CHECK(says(s, "waiting 42 s more"));
+  s.core.stale_bytes = 1 << 20;
+  s.eta_seconds = 50;
+  CHECK(says(s, "about 50 s left"));
+}
+
+TEST_CASE("verdict: an incoming disk says what it waits for") {
+  ExportStatus s = at(Phase::idle);
+  CHECK(says(s, "no migration"));
+  s.role = "incoming";
+  CHECK(says(s, "promote"));
+}
+
+}  // namespace nbdferry::proxy
