@@ -87,7 +87,7 @@ class MirrorQueue {
     bool acknowledged;  // entries that a guest waits for come first
     std::uint64_t position;
     std::uint64_t begin;
-    auto operator<=>(const ReadyKey&) const = default;
+    auto operator<=>(const ReadyKey&) const = default;  // NOLINT(modernize-use-nullptr): its `0`
   };
   static ReadyKey key_of(const MirrorEntry& e) {
     return {!e.waiter.has_value(), e.position, e.range.begin};

@@ -70,7 +70,7 @@ ControlClient::ControlClient(std::string socket_path, std::string what)
 
 ControlClient::~ControlClient() = default;
 
-std::string ControlClient::exchange(const char* method, std::string target, std::string body,
+std::string ControlClient::exchange(const char* method, const std::string& target, std::string body,
                                     std::optional<std::chrono::seconds> timeout) {
   if (!link_) link_ = std::make_unique<Link>(path_);
   http::request<http::string_body> request(http::string_to_verb(method), target, 11);
@@ -118,7 +118,7 @@ std::string ControlClient::post(const char* path, json::object body,
 std::string ControlClient::status_text() {
   std::string target = "/status";
   if (export_name_) target += "?export=" + uri_escape(*export_name_);
-  return exchange("GET", std::move(target), "", answer_time);
+  return exchange("GET", target, "", answer_time);
 }
 
 ExportStatus ControlClient::status() {

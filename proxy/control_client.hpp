@@ -35,7 +35,7 @@ class ControlClient {
 
  private:
   struct Link;
-  std::string exchange(const char* method, std::string target, std::string body,
+  std::string exchange(const char* method, const std::string& target, std::string body,
                        std::optional<std::chrono::seconds> timeout);
   std::string post(const char* path, boost::json::object body,
                    std::optional<std::chrono::seconds> timeout);
