@@ -78,6 +78,7 @@ class Attached:
         self.qemu = None
         self.qmp = os.path.join(options.dir, "qmp.sock")
         self.description = os.path.join(options.dir, "vm.json")
+        self.go = os.path.join(options.dir, "go")
 
     def disk_address(self, disk):
         return f"{in_uri(self.options.address)}:{self.options.port + 1 + disk.number}"
@@ -95,14 +96,15 @@ class Attached:
         command += options.qemu
         return command + (["-S", "-incoming", "defer"] if options.incoming else [])
 
-    def describe(self):
-        """Writes vm.json."""
+    def describe(self, runs=True):
+        """Writes vm.json; runs: QEMU does."""
         options = self.options
         disks = [disk.describe(f"nbd://{self.disk_address(disk)}/{disk.name}"
                                if options.incoming else None) for disk in self.disks]
         memory = options.memory_address or options.address
         text = json.dumps({
-            "name": options.name, "qmp": self.qmp, "pid": os.getpid(), "disks": disks,
+            "name": options.name, "pid": os.getpid(), "disks": disks,
+            "qmp": self.qmp if runs else None, "go": self.go,
             "memory": f"tcp:{in_uri(memory)}:{options.port}" if options.incoming else None,
         }, indent=2)
         with open(self.description + ".new", "w") as f:
@@ -142,10 +144,20 @@ class Attached:
         return self.options.incoming and any(
             Ferry(disk.control, disk.name).status()["role"] == "incoming" for disk in moved)
 
+    def wait_for_disks(self):
+        """QEMU looks into an image when it starts: of a format other than raw that has to be there.
+        migrate-vm.sh says so, by a file, once the disks are in sync."""
+        if not self.options.incoming or all(disk.format == "raw" for disk in self.disks):
+            return
+        self.describe(runs=False)
+        while not os.path.exists(self.go):
+            time.sleep(0.05)
+
     def run_qemu(self):
         """From QEMU's start to its end; its exit code."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.qmp)
+        for path in (self.qmp, self.go):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         self.qemu = subprocess.Popen(self.qemu_command())
         while not os.path.exists(self.qmp) and self.qemu.poll() is None:
             time.sleep(0.02)
@@ -158,6 +170,7 @@ class Attached:
 
     def run(self):
         for retry in range(RETRIES_MAX + 1):
+            self.wait_for_disks()
             begin = time.monotonic()
             code = self.run_qemu()
             # A VM that did not arrive takes its QEMU with it. The disks keep what they have.
@@ -176,7 +189,7 @@ class Attached:
                     process.terminate()
             for process in group:
                 process.wait()
-        for path in (self.description, self.qmp):
+        for path in (self.description, self.qmp, self.go):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 

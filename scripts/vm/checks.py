@@ -11,7 +11,7 @@ CONNECT_SECONDS = 5
 
 def obstacles(move):
     """Lines: what, why, what to do. Empty: nothing is in the way."""
-    return [*_shape(move), *_run_states(move), *_machines(move),
+    return [*_shape(move), *_run_states(move), *machines(move),
             *(line for disk in move.disks for line in _disk(move, disk))]
 
 
@@ -45,7 +45,8 @@ def _shape(move):
 
 
 def _run_states(move):
-    here, there = move.source.status(), move.target.status()
+    here = move.source.status()
+    there = move.target.status() if move.target else "inmigrate"
     if here in MIDWAY:
         if here == "postmigrate" and there != "paused":
             yield (f"the VM has stopped here for a move, but it is not loaded {move.other.label} "
@@ -59,8 +60,10 @@ def _run_states(move):
         yield f"QEMU here cannot migrate this VM: {reason}"
 
 
-def _machines(move):
+def machines(move):
     """QEMU finds out itself, but only after all has been sent."""
+    if not move.target:
+        return  # it starts when the disks are there
     def look(qemu):
         version = qemu.call("query-version")["qemu"]
         return {

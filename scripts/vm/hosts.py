@@ -24,6 +24,10 @@ class Local:
         with open(path) as f:
             return f.read()
 
+    def touch(self, path):
+        with open(path, "w"):
+            pass
+
     def socket(self, path):
         """A path here by which the unix socket there is reached."""
         return path
@@ -33,16 +37,16 @@ class Local:
 
 
 class Ssh:
-    def __init__(self, host):
+    def __init__(self, host, command="ssh"):
         self.label = f"at {host}"
         self.host = host
         self.directory = tempfile.mkdtemp(prefix="nbdferry-ssh-")
-        self.master = ["ssh", "-S", os.path.join(self.directory, "ssh")]
+        self.master = [*shlex.split(command), "-S", os.path.join(self.directory, "ssh")]
         self.forwarded = 0
         try:
             # BatchMode: a question in the middle of a move helps nobody.
-            self._run(["ssh", "-M", "-S", self.master[2], "-fN", "-o", "BatchMode=yes",
-                       "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5",
+            self._run([*self.master, "-M", "-fN", "-o", "BatchMode=yes", "-o",
+                       f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5",
                        "-o", "StreamLocalBindUnlink=yes", host], "cannot reach it by ssh")
         except Problem:
             shutil.rmtree(self.directory)
@@ -51,6 +55,9 @@ class Ssh:
     def read(self, path):
         return self._run([*self.master, self.host, "cat " + shlex.quote(path)],
                          f"cannot read {path}")
+
+    def touch(self, path):
+        self._run([*self.master, self.host, "touch " + shlex.quote(path)], f"cannot create {path}")
 
     def socket(self, path):
         self.forwarded += 1

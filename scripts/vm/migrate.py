@@ -27,6 +27,8 @@ def parse(arguments):
     add("host", metavar="HOST", nargs="?", help="where to: an ssh destination")
     add("--local", action="store_true",
         help="the other host is this one as well (another network namespace)")
+    add("--ssh", metavar="COMMAND", default="ssh",
+        help="how ssh is called, for example 'ssh -p 2222' (default: ssh)")
     add("--dir", help="attach-vm.sh's --dir here")
     add("--to-dir", metavar="DIR", help="attach-vm.sh's --dir there (default: as for NAME)")
     kinds = p.add_mutually_exclusive_group()
@@ -98,7 +100,7 @@ def main():
     with only_one(options.dir):
         if options.disk_only:
             return move_storage(options, read_vm(Local(), options.dir), Progress())
-        other = Local() if options.local else Ssh(options.host)
+        other = Local() if options.local else Ssh(options.host, options.ssh)
         try:
             if nothing_left(options, other):
                 print(f"{options.name} runs {other.label} already: nothing is left to do")

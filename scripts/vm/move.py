@@ -15,7 +15,7 @@ import concurrent.futures
 import subprocess
 import time
 
-from checks import obstacles
+from checks import machines, obstacles
 from common import Problem
 from ferry import Ferry, FerryError, FerryRefused
 from hosts import Local, read_vm
@@ -71,13 +71,19 @@ class Move:
 
     def __enter__(self):
         self.source = Qmp(self.here["qmp"], "QEMU here")
-        self.target = Qmp(self.other.socket(self.there["qmp"]), f"QEMU {self.other.label}")
+        self.target = None
+        if self.there["qmp"]:
+            self.reach_target()
         return self
 
     def __exit__(self, *_):
         self.threads.shutdown()
         self.source.close()
-        self.target.close()
+        if self.target:
+            self.target.close()
+
+    def reach_target(self):
+        self.target = Qmp(self.other.socket(self.there["qmp"]), f"QEMU {self.other.label}")
 
     # --- the commands ---
 
@@ -121,6 +127,8 @@ class Move:
 
     def until_sealed(self):
         self.bring_disks_in_sync()
+        if not self.target:
+            self.start_target()
         if self.source.status() != "postmigrate":
             self.send_memory()
             self.timed("prepare", lambda: self.each("prepare"))
@@ -180,6 +188,20 @@ class Move:
                         if s["phase"] == "interrupted"), "")
         self.progress.line(f"disks: {100 * (size - debt) / size:5.1f}% of {bytes_text(size)}, "
                            f"{bytes_text(rate)}/s{trouble}")
+
+    def start_target(self):
+        """QEMU there has waited for its disks' content: the images are not raw."""
+        self.other.touch(self.there["go"])
+        end = time.monotonic() + STATE_SECONDS
+        while not self.there["qmp"]:
+            if time.monotonic() > end:
+                raise Problem(f"QEMU does not start {self.other.label}: see attach-vm.sh there")
+            time.sleep(0.1)
+            self.there = read_vm(self.other, self.options.to_dir)
+        self.reach_target()
+        found = list(machines(self))
+        if found:
+            raise Problem("\n".join(found))
 
     def send_memory(self):
         """Until QEMU has stopped the VM, with the last of the memory still to go."""
@@ -283,6 +305,8 @@ class Move:
 
     def end_target(self):
         """What has begun to load there is of no use any more."""
+        if not self.target:
+            return
         try:
             if self.target.migration()["status"] != "none" or self.target.status() == "paused":
                 self.target.call("quit")
@@ -295,7 +319,7 @@ class Move:
         """From sealed to running there; also what an earlier run has left."""
         self.timed("commit", self.commit)
         self.timed("promote", lambda: self.all(lambda disk: disk.target.command("promote")))
-        state = self.target.status()
+        state = self.target.status() if self.target else "inmigrate"
         if state == "inmigrate":
             raise Problem(f"the disks are {self.other.label} now, and writable, but the QEMU that had "
                           "loaded the VM is gone: boot it there (attach-vm.sh without --incoming)")

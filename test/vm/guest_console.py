@@ -20,7 +20,7 @@ import time
 Progress = collections.namedtuple("Progress", "acknowledged synced")
 Status = collections.namedtuple(
     "Status", "host t_ms a b gap_us write_a sync_a write_b sync_b")
-Qemu = collections.namedtuple("Qemu", "number connected")
+Qemu = collections.namedtuple("Qemu", "number listener connected")
 STATUS = re.compile(r"t=(\d+) a=(\d+),(\d+) b=(\d+),(\d+) gap_us=(\d+)"
                     r" write_a=([\d,]+) sync_a=([\d,]+) write_b=([\d,]+) sync_b=([\d,]+)")
 WINDOW = 4  # status lines: the least delayed of so many counts
@@ -49,6 +49,7 @@ class Console:
         self._partial = b""
         self._live = None  # the connection that spoke last
         self._open, self._ended = 0, 0  # QEMUs that may still speak, and that no longer will
+        self._silent = set()  # connections over which nothing has come yet
         self._changed = threading.Condition()
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -79,7 +80,7 @@ class Console:
         with self._changed:
             self._open += 1
             number = self._open + self._ended
-        self._selector.register(listener, selectors.EVENT_READ, Qemu(number, connected=False))
+        self._selector.register(listener, selectors.EVENT_READ, Qemu(number, listener, False))
         return path
 
     def _read(self):
@@ -90,8 +91,8 @@ class Console:
             for key in ready:
                 if not key.data.connected:
                     connection, _ = key.fileobj.accept()
+                    self._silent.add(connection)
                     self._selector.unregister(key.fileobj)
-                    key.fileobj.close()
                     self._selector.register(connection, selectors.EVENT_READ,
                                             key.data._replace(connected=True))
                     continue
@@ -104,6 +105,13 @@ class Console:
                 else:
                     self._selector.unregister(key.fileobj)
                     key.fileobj.close()
+                    if key.fileobj in self._silent:
+                        # The guest never ran there: another QEMU may come in its place.
+                        self._silent.remove(key.fileobj)
+                        self._selector.register(key.data.listener, selectors.EVENT_READ,
+                                                key.data._replace(connected=False))
+                        continue
+                    key.data.listener.close()
                     with self._changed:
                         self._open, self._ended = self._open - 1, self._ended + 1
                         if self._live is key.fileobj:
@@ -113,6 +121,7 @@ class Console:
     def _take(self, connection, data, host):
         with self._changed:
             self._live = connection
+            self._silent.discard(connection)
             *lines, self._partial = (self._partial + data).split(b"\n")
             for line in lines:
                 self.take_line(line.decode(errors="replace").strip("\r"), host)

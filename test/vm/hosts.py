@@ -36,12 +36,12 @@ class Host:
         return os.path.join(self.folder, f"disk{number}.img")
 
     def attach(self, disks, qemu, *options, incoming=False):
-        """Starts attach-vm.sh; disks: what --disk says, after the file's name. Waits for vm.json."""
+        """Starts attach-vm.sh; disks: what each --disk says. Waits for vm.json."""
         self.lives += 1
         self.log = f"attach{self.number}.{self.lives}"
         command = [*self.prefix, ATTACH, "--name", NAME, "--dir", self.vm_folder, *options]
-        for number, more in enumerate(disks):
-            command += ["--disk", self.disk(number) + more]
+        for disk in disks:
+            command += ["--disk", disk]
         if incoming:
             command += ["--incoming", "--address", self.disk_address,
                         "--memory-address", self.memory_address]

@@ -5,58 +5,15 @@ import signal
 import sys
 import time
 
-import guest
-from hosts import ferry, migrate, migrate_command, migrate_ok, two_hosts, wait_for
+from hosts import ferry, migrate, migrate_command, migrate_ok, wait_for
+from world import play
 
-SIZES = ("256M", "128M")
 DIE = os.path.join(os.path.dirname(__file__), "die.py")
 # In the order of a move; each is one life of the script. The guest goes there and back.
 DEATHS = (("before", "bring_disks_in_sync"), ("after", "bring_disks_in_sync"),
           ("after", "start_memory"), ("after", "send_memory"), ("after", "hand_over_state"),
           ("before", "finish"), ("after", "disk.step"), ("after", "commit_one"), ("after", "commit"),
           ("before", "summary"))
-
-
-class World:
-    """A guest on the first of two hosts."""
-
-    def __init__(self, scratch, hosts):
-        self.scratch = scratch
-        self.here, self.there = hosts
-        self.boot = guest.build(os.environ["GUEST_CACHE"], os.environ["GUEST_WRITER"])
-        disks = guest.make_disks(scratch.file(""))
-        os.rename(disks.a, self.here.disk(0))
-        os.rename(disks.b, self.here.disk(1))
-        self.console = guest.Console(seed=disks.seed)
-        self.lives = 0
-        self.here.attach(["", ""], self.qemu())
-        self.console.wait_up()
-        self.console.wait_progress(records=20)
-
-    def qemu(self, device=True):
-        self.lives += 1
-        path = self.scratch.file(f"console{self.lives}")
-        more = ["-device", "virtio-rng-pci"] if device else []
-        return [*guest.qemu_arguments(self.boot, self.console.listen(path)), *more]
-
-    def wait_there(self, **qemu):
-        """The other host waits for the guest."""
-        self.there.attach([f",size={size}" for size in SIZES], self.qemu(**qemu), incoming=True)
-
-    def arrived(self):
-        """It has moved: what was there is here now."""
-        self.here.wait_end()
-        self.here, self.there = self.there, self.here
-        self.console.wait_progress(records=20)
-
-    def goes_on(self):
-        self.console.wait_progress(records=20)
-
-    def end(self):
-        self.console.stop()
-        self.here.wait_end()
-        self.there.stop()
-        guest.check_disks(self.here.disk(0), self.here.disk(1), self.console)
 
 
 def there_and_back(world):
@@ -99,6 +56,21 @@ def server_is_killed(world):
     world.goes_on()
 
 
+def script_is_interrupted(world):
+    """By Ctrl-C, in the middle of the memory: the guest stays."""
+    world.wait_there()
+    process = world.scratch.start("interrupted", migrate_command(
+        world.here, world.there, "--memory-bandwidth", "4"))
+    wait_for(lambda: "memory:" in world.scratch.log("interrupted"), "the memory moves", process)
+    process.send_signal(signal.SIGINT)
+    ferry.check(process.wait(60) == 130, world.scratch.log("interrupted"))
+    world.goes_on()
+    # The QEMU that had begun to load is gone; attach-vm.sh there has started another by itself.
+    world.there.wait_described()
+    migrate_ok(world.here, world.there)
+    world.arrived()
+
+
 def script_is_killed(world):
     for when, step in DEATHS:
         begin = time.monotonic()
@@ -114,21 +86,4 @@ def script_is_killed(world):
               flush=True)
 
 
-def main():
-    if os.geteuid() != 0:
-        guest.skip("network namespaces need root")
-    scenes = {f.__name__: f for f in (there_and_back, does_not_load, server_is_killed,
-                                      script_is_killed)}
-    wanted = sys.argv[1:] or list(scenes)
-    try:
-        with two_hosts() as (scratch, hosts):
-            world = World(scratch, hosts)
-            for name in wanted:
-                print("---", name, flush=True)
-                scenes[name](world)
-            world.end()
-    except guest.Unavailable as why:
-        guest.skip(str(why))
-
-
-main()
+play(there_and_back, does_not_load, server_is_killed, script_is_interrupted, script_is_killed)
