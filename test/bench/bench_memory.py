@@ -1,13 +1,16 @@
 """Memory, and how soon a large disk serves.
 
  - The peak of serve's resident memory in a migration whose buffer is full: in sync, then a guest
-   that writes as fast as it can, to a target that is slow; what overflows is copied again.
+   that writes as fast as it can, to a target that is slow; what overflows is copied again. Once
+   with small writes of many sizes; once with large ones beside a client that takes no replies.
  - A disk of 16 TiB, sparse: from the start of `serve` to the first read that is answered, and a
    migration to nbdkit's memory plugin under 2,000 random writes a second, committed by pivot.
 """
+import os
 import socket
 import struct
 import subprocess
+import threading
 import time
 
 import ferry
@@ -24,14 +27,45 @@ def allowed_bytes(size):
     return 64 * MIB + 32 * MIB * size // TIB + BUFFER
 
 
-def full_buffer(scratch):
+class Greedy:
+    """Writes 1 MiB at a time, 64 in flight; another connection asks for reads and takes none."""
+
+    def __init__(self, _scratch, serve, _source):
+        self.ended = False
+        self.writer, self.answers = connect(serve.socket)
+        self.reader, _ = connect(serve.socket)
+        for i in range(200):
+            self.reader.sendall(request(0, i, i * MIB, MIB))
+        self.thread = threading.Thread(target=self._write, daemon=True)
+        self.thread.start()
+
+    def _write(self):
+        data, sent = os.urandom(MIB), 0
+        while not self.ended:
+            self.writer.sendall(request(1, sent, sent * MIB % SMALL, MIB) + data)
+            sent += 1
+            if sent > 64:
+                self.answers.read(16)
+
+    def end(self):
+        self.ended = True
+        self.thread.join()
+        for s in self.reader, self.writer:
+            s.close()
+
+
+def many_sizes(scratch, serve, source):
+    return ferry.Load(scratch, serve.uri, source, "--depth", "64")
+
+
+def full_buffer(scratch, load):
     """Peak resident bytes."""
     source = write_disk(scratch.file("source.img"), SMALL)
     target = Nbdkit(scratch, "--filter=rate", "file",
                     fresh_target(scratch.file("target.img"), SMALL), "rate=800M")
     serve = Serve(scratch, source)
     serve.command("migrate", "--wait", target.uri)
-    guest = ferry.Load(scratch, serve.uri, source, "--depth", "64")
+    guest = load(scratch, serve, source)
     fullest = 0
     for _ in range(40):
         time.sleep(0.2)
@@ -45,14 +79,26 @@ def full_buffer(scratch):
     return peak
 
 
+def connect(path):
+    """Handshake by EXPORT_NAME: replies are simple ones."""
+    s = socket.socket(socket.AF_UNIX)
+    s.connect(path)
+    answers = s.makefile("rb")
+    answers.read(18)
+    s.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 1, 0))
+    answers.read(10)
+    return s, answers
+
+
+def request(command, cookie, offset, length):
+    return struct.pack(">IHHQQI", 0x25609513, 0, command, cookie, offset, length)
+
+
 def first_read(path):
-    """Connects, and reads a block: handshake by EXPORT_NAME, simple reply."""
-    with socket.socket(socket.AF_UNIX) as s, s.makefile("rb") as answers:
-        s.connect(path)
-        answers.read(18)
-        s.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 1, 0))
-        answers.read(10)
-        s.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, LARGE // 2, 4096))
+    """Connects, and reads a block."""
+    s, answers = connect(path)
+    with s, answers:
+        s.sendall(request(0, 1, LARGE // 2, 4096))
         ferry.check(answers.read(16 + 4096) == struct.pack(">IIQ", 0x67446698, 0, 1) + bytes(4096),
                     "the first read was not answered")
 
@@ -92,12 +138,13 @@ def migrate_large(scratch, disk):
 
 
 def bench(runs):
-    peaks, serves, large = [], [], []
+    peaks, serves, large = {"small writes": [], "greedy": []}, [], []
     for run in range(runs):
-        with ferry.Scratch() as scratch:
-            peaks.append(full_buffer(scratch))
-        say(f"memory {run + 1}/{runs}: {peaks[-1] / MIB:.0f} MiB with a full buffer "
-            f"(of {allowed_bytes(SMALL) / MIB:.0f})")
+        for name, load in (("small writes", many_sizes), ("greedy", Greedy)):
+            with ferry.Scratch() as scratch:
+                peaks[name].append(full_buffer(scratch, load))
+            say(f"memory {run + 1}/{runs}: {peaks[name][-1] / MIB:.0f} MiB with a full buffer, "
+                f"{name} (of {allowed_bytes(SMALL) / MIB:.0f})")
         with ferry.Scratch() as scratch:
             disk = fresh_target(scratch.file("large.img"), LARGE)
             serves.append(time_to_serve(scratch, disk))
@@ -105,9 +152,10 @@ def bench(runs):
             say(f"memory {run + 1}/{runs}: 16 TiB: serves after {serves[-1] * 1000:.0f} ms, "
                 f"migrated in {large[-1][0]:.2f} s, {large[-1][1] / MIB:.0f} MiB "
                 f"(of {allowed_bytes(LARGE) / MIB:.0f})")
-    yield Result("memory", "full buffer: peak to what is allowed",
-                 [peak / allowed_bytes(SMALL) for peak in peaks], at_most=1.0)
-    yield Result("memory", "full buffer: peak", [peak / MIB for peak in peaks], "MiB")
+    for name, of_load in peaks.items():
+        yield Result("memory", f"full buffer, {name}: peak to what is allowed",
+                     [peak / allowed_bytes(SMALL) for peak in of_load], at_most=1.0)
+        yield Result("memory", f"full buffer, {name}: peak", [p / MIB for p in of_load], "MiB")
     yield Result("memory", "16 TiB: start of serve to first answer", serves, "s", at_most=1.0)
     yield Result("memory", "16 TiB: migrate to commit, under load", [s for s, _ in large], "s")
     yield Result("memory", "16 TiB: peak to what is allowed",
