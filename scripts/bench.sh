@@ -7,12 +7,13 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: scripts/bench.sh [copy|link|memory|front]... [--runs N] [--dir DIR]
+usage: scripts/bench.sh [copy|link|memory|front|vm]... [--runs N] [--dir DIR]
 
   copy     idle copy of a 2 GiB disk over loopback TCP to nbdkit, against nbdcopy
   link     1 GiB over a 1 Gb/s link under 2,000 random writes/s, against QEMU's mirror (needs root)
   memory   resident memory under load, and how soon a disk of 16 TiB serves
   front    4 KiB reads and writes, at depth 32 and 1, against qemu-nbd and nbdkit
+  vm       a guest moves, memory and disks, against QEMU's own way (needs root)
 
   --runs N   interleaved runs of each contender (default: 10, and 3 when nothing is named)
   --dir DIR  where the disks lie (default: /dev/shm; 6 GiB are needed)
@@ -32,7 +33,7 @@ while [ $# -gt 0 ]; do
       usage
       exit 0
       ;;
-    copy | link | memory | front) names+=("$1") ;;
+    copy | link | memory | front | vm) names+=("$1") ;;
     --runs | --dir)
       [ $# -ge 2 ] || { usage >&2; exit 2; }
       if [ "$1" = --runs ]; then runs=$2; else dir=$2; fi
@@ -46,13 +47,15 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ ${#names[@]} -eq 0 ]; then
-  names=(copy link memory front)
+  names=(copy link memory front vm)
   runs=${runs:-3}
 fi
 
 install_for build test
+install_for vm || true
 configure "$root/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo
-ninja -C "$root/build" -j2 --quiet nbdferry nbd_load raw_load
+ninja -C "$root/build" -j2 --quiet nbdferry nbd_load raw_load guest_writer
 export NBDFERRY=$root/build/proxy/nbdferry NBD_LOAD=$root/build/test/bench/nbd_load
+export GUEST_WRITER=$root/build/test/vm/guest_writer GUEST_CACHE=$root/build/vm-guest
 export RAW_LOAD=$root/build/test/bench/raw_load TMPDIR=$dir PYTHONDONTWRITEBYTECODE=1
 exec python3 "$root/test/bench/bench.py" --runs "${runs:-10}" "${names[@]}"

@@ -47,6 +47,7 @@ def parse(arguments):
         help="run this shell command here after the disks have been handed over and before the VM "
              "runs there (routes, firewalls); if it fails the VM runs there all the same")
     add("--keep-source", action="store_true", help="leave the stopped QEMU here alive at the end")
+    add("--json", action="store_true", help="what it took as one JSON object instead of a table")
     add("--dry-run", action="store_true", help="name every obstacle; move nothing")
     add("--abort", action="store_true",
         help="undo what an earlier run has begun; the VM goes on here")

@@ -12,6 +12,7 @@ The order, and why nothing is lost whenever this ends (DESIGN.md, rule 10):
 Nothing is remembered between two runs: what there is to do is seen from both sides' states.
 """
 import concurrent.futures
+import json
 import subprocess
 import time
 
@@ -33,6 +34,7 @@ MIGRATING = ("setup", "wait-unplug", "active", "postcopy-active", "pre-switchove
              "cancelling")
 MIRRORING = ("queued", "connecting", "copying", "in_sync", "interrupted", "paused", "prepared",
              "sealed", "switching")
+DISK_STEPS = ("prepare", "seal", "commit", "promote")
 ENDED = ("failed", "cancelled", "idle")
 
 
@@ -106,7 +108,7 @@ class Move:
             self.progress.say("the VM belongs there already: running this again finishes the move")
             return 0
         self.finish()
-        print(table(self.summary()))
+        print(json.dumps(self.figures()) if self.options.json else table(self.summary()))
         return 0
 
     def abort_earlier(self):
@@ -360,28 +362,47 @@ class Move:
 
     # --- the end ---
 
-    def summary(self):
-        took = self.took
-        stop, resume = self.source.time_of("STOP"), self.target.time_of("RESUME")
+    def figures(self):
+        """What --json prints: seconds and bytes, null where it is not known (an earlier run did it)."""
+        stop, resume = self.source.time_of("STOP"), self.target and self.target.time_of("RESUME")
+        steps = {step: self.took.get(step) for step in (*DISK_STEPS, "hook")}
         blackout = resume - stop if stop and resume else None
-        disk = sum(took.get(step, 0.0) for step in ("prepare", "seal", "commit", "promote"))
-        rows = [("moved", f"{self.here['name']}: now {self.other.label}"),
-                ("time", f"{time.monotonic() - self.began:.1f} s (disks {took.get('disks', 0):.1f} s, "
-                         f"memory {took.get('memory', 0):.1f} s)"),
-                ("guest stood still", milliseconds(blackout))]
-        if blackout is not None and "state" in took:
-            rows += [("  for its memory", milliseconds(blackout - disk - took.get("hook", 0.0))),
-                     ("  for its disks", milliseconds(disk) + " (" + ", ".join(
-                         f"{step} {took.get(step, 0.0) * 1000:.1f}"
-                         for step in ("prepare", "seal", "commit", "promote")) + ")")]
-            if "hook" in took:
-                rows.append(("  for --before-cont", milliseconds(took["hook"])))
-        if self.memory_bytes is not None:
-            rows.append(("memory sent", bytes_text(self.memory_bytes)))
-        for d, status in zip(self.disks, self.last):
-            sent = sum(path["sent_bytes"] for path in status["paths"])
-            rows.append((f"{d.name} sent", f"{bytes_text(sent)} of {bytes_text(status['size_bytes'])}"
-                                           f", mirrored {bytes_text(status['mirrored_bytes'])}"))
-        if self.iops:
-            rows.append(("guest's writes", f"{sum(self.iops) / len(self.iops):.0f}/s while copying"))
+        whole = blackout is not None and None not in (steps[step] for step in DISK_STEPS)
+        disk = sum(steps[step] for step in DISK_STEPS) if whole else None
+        return {
+            "name": self.here["name"],
+            "seconds": time.monotonic() - self.began,
+            "disks_seconds": self.took.get("disks"),
+            "memory_seconds": self.took.get("memory"),
+            "blackout_seconds": blackout,
+            "blackout_disk_seconds": disk,
+            "blackout_memory_seconds": blackout - disk - (steps["hook"] or 0.0) if whole else None,
+            "steps_seconds": steps,
+            "memory_bytes": self.memory_bytes,
+            "guest_write_iops": sum(self.iops) / len(self.iops) if self.iops else None,
+            "disks": [{"name": disk.name, "size_bytes": status["size_bytes"],
+                       "sent_bytes": sum(path["sent_bytes"] for path in status["paths"]),
+                       "mirrored_bytes": status["mirrored_bytes"]}
+                      for disk, status in zip(self.disks, self.last)]}
+
+    def summary(self):
+        """The same for a person."""
+        f = self.figures()
+        steps = ", ".join(f"{step} {milliseconds(f['steps_seconds'][step])}" for step in DISK_STEPS)
+        rows = [("moved", f"{f['name']}: now {self.other.label}"),
+                ("time", f"{f['seconds']:.1f} s (disks {f['disks_seconds'] or 0:.1f} s, "
+                         f"memory {f['memory_seconds'] or 0:.1f} s)"),
+                ("guest stood still", milliseconds(f["blackout_seconds"]))]
+        if f["blackout_memory_seconds"] is not None:
+            rows += [("  for its memory", milliseconds(f["blackout_memory_seconds"])),
+                     ("  for its disks", f"{milliseconds(f['blackout_disk_seconds'])} ({steps})")]
+        if f["steps_seconds"]["hook"] is not None:
+            rows.append(("  for --before-cont", milliseconds(f["steps_seconds"]["hook"])))
+        if f["memory_bytes"] is not None:
+            rows.append(("memory sent", bytes_text(f["memory_bytes"])))
+        rows += [(f"{d['name']} sent", f"{bytes_text(d['sent_bytes'])} of "
+                                       f"{bytes_text(d['size_bytes'])}, mirrored "
+                                       f"{bytes_text(d['mirrored_bytes'])}") for d in f["disks"]]
+        if f["guest_write_iops"] is not None:
+            rows.append(("guest's writes", f"{f['guest_write_iops']:.0f}/s while copying"))
         return rows
