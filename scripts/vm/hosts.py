@@ -18,7 +18,8 @@ CONNECT_SECONDS = 20
 class Local:
     """This machine (or, in tests, one more host of network namespaces on it)."""
 
-    label = "here"
+    def __init__(self, label="here"):
+        self.label = label
 
     def read(self, path):
         with open(path) as f:

@@ -101,7 +101,7 @@ def main():
     with only_one(options.dir):
         if options.disk_only:
             return move_storage(options, read_vm(Local(), options.dir), Progress())
-        other = Local() if options.local else Ssh(options.host, options.ssh)
+        other = Local("there") if options.local else Ssh(options.host, options.ssh)
         try:
             if nothing_left(options, other):
                 print(f"{options.name} runs {other.label} already: nothing is left to do")

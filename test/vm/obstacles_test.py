@@ -71,7 +71,7 @@ def states(here, there):
     ferry.run_ok([ferry.NBDFERRY, "promote", "--control", f"{there.vm_folder}/disk0.ctl"])
     lines(migrate(here, there), "is owner, not incoming")
     stop(there)
-    lines(migrate(here, there), "no VM here: .*vm.json: No such file")
+    lines(migrate(here, there), "no VM there: .*vm.json: No such file")
     stop(here)
     lines(migrate(here, there), "no VM here")
 
