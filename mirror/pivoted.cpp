@@ -228,6 +228,9 @@ void Pivoted::guest_done(const TargetOp& op, TargetDone&& event) {
 // A late write of a lost connection may stand on the target, or a replay may have failed: what we
 // retain is what was written.
 void Pivoted::overlay(ByteRange range, std::byte* data) const {
+  // Elsewhere the target has it. A replay that was needed can't have ended during this read: it
+  // would have overlapped.
+  if (failed_ == 0 && quarantines_.empty() && replays_left_ == 0) return;
   for (const auto& r : retained_) {
     if (!r.range.overlaps(range)) continue;
     const ByteRange part = r.range.intersect(range);
@@ -263,17 +266,18 @@ void Pivoted::retain(const GuestOp& op, ByteRange piece) {
   if (r.replaying) ++replays_left_;
   retained_bytes_ += retained_overhead + r.payload.size();
   retained_.push_back(std::move(r));
+  if (retained_.back().replaying && replay_next_ == retained_.end()) --replay_next_;
 }
 
 void Pivoted::release(std::uint64_t up_to) {
   // What is newer than something that stays, and overlaps it, stays with it: the older one alone
   // would be read, and written again, over the newer one's bytes.
-  Ranges kept;
+  RangeSet kept;
   std::erase_if(retained_, [&](const Retained& r) {
     const bool keep = r.number > up_to || r.replaying || r.failed || in_quarantine(r.range) ||
-                      overlaps_any(kept, r.range);
+                      kept.overlaps(r.range);
     if (keep) {
-      kept.push_back(r.range);
+      kept.add(r.range);
       return false;
     }
     retained_bytes_ -= retained_overhead + r.payload.size();
@@ -345,27 +349,30 @@ void Pivoted::target_window(const TargetWindow& event) {
 
 void Pivoted::start_replay(bool all) {
   replays_left_ = 0;
-  Ranges again;
+  RangeSet again;
   for (auto& r : retained_) {
-    const bool in_flight = std::any_of(replay_numbers_.begin(), replay_numbers_.end(),
-                                       [&](const auto& n) { return n.second == r.number; });
     // With it all that came later on top of it, even if it is just being written again.
-    const bool wanted = all || in_quarantine(r.range) || overlaps_any(again, r.range);
-    r.repeat = r.repeat || (wanted && in_flight);
+    const bool wanted = all || in_quarantine(r.range) || again.overlaps(r.range);
+    r.repeat = r.repeat || (wanted && r.sent);
     r.replaying = r.replaying || wanted;
     if (!r.replaying) continue;
     ++replays_left_;
-    if (!all) again.push_back(r.range);
+    if (!all) again.add(r.range);
+  }
+  replay_next_ = retained_.begin();
+  seek_replay();
+}
+
+void Pivoted::seek_replay() {
+  while (replay_next_ != retained_.end() && (!replay_next_->replaying || replay_next_->sent)) {
+    ++replay_next_;
   }
 }
 
 void Pivoted::pump_replay() {
   // In order: one that must wait stops those behind it.
-  for (auto& r : retained_) {
-    if (!r.replaying) continue;
-    const bool sent = std::any_of(replay_numbers_.begin(), replay_numbers_.end(),
-                                  [&](const auto& n) { return n.second == r.number; });
-    if (sent) continue;
+  for (; replay_next_ != retained_.end(); seek_replay()) {
+    Retained& r = *replay_next_;
     const bool data = r.command == Command::write || !info_.can_zero;
     const std::uint64_t bytes = data ? r.range.length() : 0;
     if (in_flight_.conflict(r.range) || !in_flight_.has_room(bytes)) return;
@@ -375,7 +382,8 @@ void Pivoted::pump_replay() {
     disk.range = r.range;
     disk.payload = r.payload;
     disk.may_hole = r.may_hole;
-    replay_numbers_.emplace(disk.id, r.number);
+    replays_.emplace(disk.id, replay_next_);
+    r.sent = true;
     in_flight_.add(
         {disk.id, OpKind::replay, disk.command, disk.range, bytes, 0, std::nullopt, false, {}});
     ++context_.counters.replayed_writes;
@@ -384,13 +392,15 @@ void Pivoted::pump_replay() {
 }
 
 void Pivoted::replay_done(const TargetOp& op, IoError error) {
-  const std::uint64_t number = replay_numbers_.at(op.id);
-  replay_numbers_.erase(op.id);
-  const auto it = std::find_if(retained_.begin(), retained_.end(),
-                               [&](const Retained& r) { return r.number == number; });
-  NBDFERRY_ASSERT(it != retained_.end(), "a retained write was dropped while it was replayed");
-  const bool repeat = std::exchange(it->repeat, false);
-  if (error == IoError::lost || repeat) return;  // it stays to be replayed
+  const auto it = replays_.at(op.id);
+  replays_.erase(op.id);
+  NBDFERRY_ASSERT(it->replaying && it->sent, "a retained write was replayed that need not be");
+  it->sent = false;
+  if (const bool repeat = std::exchange(it->repeat, false); error == IoError::lost || repeat) {
+    replay_next_ = retained_.begin();  // it stays to be replayed
+    seek_replay();
+    return;
+  }
   --replays_left_;
   it->replaying = false;
   if (error == IoError::none && std::exchange(it->failed, false)) --failed_;

@@ -43,7 +43,8 @@ class Pivoted {
     Payload payload;
     bool may_hole = true;
     std::uint64_t number = 0;  // of its last acknowledgement: which flush covers it
-    bool replaying = false;    // to be written again
+    bool replaying = false;    // to be written again …
+    bool sent = false;         // … and that is under way
     bool repeat = false;       // once more when the replay under way has ended
     bool failed = false;       // it could not be written again
   };
@@ -56,6 +57,7 @@ class Pivoted {
     Buffer data;               // read
     bool wants_flush = false;  // FUA: written, and a flush is to follow
   };
+  using Retainments = std::list<Retained>;
   struct Quarantine {
     ByteRange range;
     Time until{0};
@@ -81,6 +83,7 @@ class Pivoted {
   void flush_done(const TargetOp& op, IoError error);
   void replay_done(const TargetOp& op, IoError error);
   void start_replay(bool all);
+  void seek_replay();
   void pump_replay();
   void fail_pending();
 
@@ -97,7 +100,8 @@ class Pivoted {
   TargetOps in_flight_;
   std::deque<OpId> pending_;  // guest requests with something to send, in order
   std::unordered_map<OpId, Request> requests_;
-  std::list<Retained> retained_;  // in order of acknowledgement
+  Retainments retained_;                                 // in order of acknowledgement
+  Retainments::iterator replay_next_ = retained_.end();  // the first to be replayed and not sent
   std::uint64_t retained_bytes_ = 0;
   std::uint64_t acknowledged_ = 0;   // number of the last retained write
   std::uint64_t flushed_up_to_ = 0;  // the last one that a good flush covers
@@ -105,8 +109,8 @@ class Pivoted {
   std::size_t failed_ = 0;  // retained writes that could not be replayed: the next flush says so
   Time retry_at_{0};        // of what could not be replayed
   std::vector<Quarantine> quarantines_;
-  std::unordered_map<OpId, std::uint64_t> flush_cuts_;      // flush -> what it covers
-  std::unordered_map<OpId, std::uint64_t> replay_numbers_;  // replay -> which retained write
+  std::unordered_map<OpId, std::uint64_t> flush_cuts_;       // flush -> what it covers
+  std::unordered_map<OpId, Retainments::iterator> replays_;  // stays in place while it is replayed
   bool own_flush_ = false;
 };
 

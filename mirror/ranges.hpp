@@ -1,6 +1,9 @@
 // Small helpers on lists of disjoint, sorted ranges.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
+#include <map>
 #include <vector>
 
 #include "mirror/types.hpp"
@@ -34,10 +37,28 @@ inline bool subtract(Ranges& list, ByteRange hole) {
   return out;
 }
 
-[[nodiscard]] inline bool overlaps_any(const Ranges& list, ByteRange with) {
-  return std::any_of(list.begin(), list.end(),
-                     [&](const ByteRange& r) { return r.overlaps(with); });
-}
+// A set of bytes as disjoint ranges: for asking often, in logarithmic time.
+class RangeSet {
+ public:
+  void add(ByteRange r) {
+    auto it = first_touching(r.begin);
+    for (; it != by_begin_.end() && it->first <= r.end; it = by_begin_.erase(it)) {
+      r = {std::min(r.begin, it->first), std::max(r.end, it->second)};
+    }
+    by_begin_.emplace(r.begin, r.end);
+  }
+  [[nodiscard]] bool overlaps(ByteRange r) const {
+    const auto after = by_begin_.lower_bound(r.end);
+    return after != by_begin_.begin() && std::prev(after)->second > r.begin;
+  }
+
+ private:
+  [[nodiscard]] std::map<std::uint64_t, std::uint64_t>::iterator first_touching(std::uint64_t at) {
+    const auto it = by_begin_.lower_bound(at);
+    return it != by_begin_.begin() && std::prev(it)->second >= at ? std::prev(it) : it;
+  }
+  std::map<std::uint64_t, std::uint64_t> by_begin_;
+};
 
 [[nodiscard]] inline std::uint64_t total(const Ranges& list) {
   std::uint64_t sum = 0;
