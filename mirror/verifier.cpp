@@ -29,7 +29,7 @@ void Verifier::start(CommandId command) {
   }
   command_ = command;
   cursor_ = 0;
-  retry_.clear();
+  retry_at_ = Time{0};
   verified_ = mismatched_ = skipped_ = 0;
 }
 
@@ -38,6 +38,7 @@ void Verifier::stop(const char* why) {
   m_.context().done(*std::exchange(command_, std::nullopt), false,
                     "verification stopped: " + std::string(why));
   retry_.clear();
+  batch_.clear();
 }
 
 void Verifier::touched(ByteRange range) {
@@ -68,7 +69,6 @@ void Verifier::again(Job job) {
     job.range.end = middle;
   }
   retry_.push_back(job);
-  retry_at_ = m_.context().now + retry_pause;
 }
 
 std::uint64_t Verifier::comparison_bytes() const {
@@ -83,9 +83,14 @@ std::optional<Verifier::Job> Verifier::next_job() {
     cursor_ = end;
     return job;
   }
-  if (retry_.empty() || m_.context().now < retry_at_) return std::nullopt;
-  const Job job = retry_.front();
-  retry_.pop_front();
+  if (batch_.empty()) {
+    // All that had to wait at once, so that what is never quiet does not hold up the rest.
+    if (retry_.empty() || m_.context().now < retry_at_) return std::nullopt;
+    batch_.swap(retry_);
+    retry_at_ = m_.context().now + retry_pause;
+  }
+  const Job job = batch_.front();
+  batch_.pop_front();
   return job;
 }
 
@@ -165,7 +170,10 @@ void Verifier::compare(Comparison& c) {
 }
 
 void Verifier::finish_if_done() {
-  if (!running() || cursor_ < m_.map().size() || !retry_.empty() || !comparisons_.empty()) return;
+  if (!running() || cursor_ < m_.map().size() || !retry_.empty() || !batch_.empty() ||
+      !comparisons_.empty()) {
+    return;
+  }
   std::string message =
       std::to_string(verified_) + " bytes compared, " + std::to_string(mismatched_) + " differed";
   if (mismatched_ != 0) message += " and were sent again";

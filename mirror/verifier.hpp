@@ -63,8 +63,9 @@ class Verifier {
   Migration& m_;
   std::optional<CommandId> command_;
   std::uint64_t cursor_ = 0;
-  std::deque<Job> retry_;
-  Time retry_at_{0};
+  std::deque<Job> retry_;  // were not quiet, or changed while they were compared …
+  std::deque<Job> batch_;  // … and are being tried again
+  Time retry_at_{0};       // the next batch
   std::list<Comparison> comparisons_;
   std::uint64_t verified_ = 0;
   std::uint64_t mismatched_ = 0;
