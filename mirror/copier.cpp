@@ -40,12 +40,9 @@ std::optional<ByteRange> Copier::readable_part(ByteRange run) {
   // Leave out what could not be read, until it is time to try again.
   const bool skip =
       m_.options().skip_unreadable && m_.switchover().state() != Switchover::State::none;
-  auto it = unreadable_.upper_bound(run.begin);
-  if (it != unreadable_.begin()) --it;
-  for (; it != unreadable_.end() && it->first < run.end; ++it) {
+  for (auto it = unreadable_from(run.begin); it != unreadable_.end() && it->first < run.end; ++it) {
     const auto& [begin, u] = *it;
-    const bool due = u.retry_at <= m_.context().now && !skip;
-    if (due || !run.overlaps({begin, u.end})) continue;
+    if (u.retry_at <= m_.context().now && !skip) continue;
     if (begin <= run.begin) return std::nullopt;
     run.end = begin;
     break;
@@ -232,7 +229,9 @@ void Copier::read_failed(Copy& c, IoError error) {
       m_.context().notice("the source can't be read at byte " + std::to_string(c.range.begin) +
                           ": " + std::string(to_string(error)));
     }
+    (void)forget_unreadable(c.range);
     unreadable_[c.range.begin] = {c.range.end, m_.context().now + unreadable_retry};
+    unreadable_bytes_ += c.range.length();
   } else {
     for (std::uint64_t at = c.range.begin; at < c.range.end; at += chunk_size)
       bisected_.insert(at / chunk_size);
@@ -329,6 +328,7 @@ void Copier::target_status(Copy& c, ByteRange range, const std::vector<Extent>& 
     const bool zero = e.zero || (NBDFERRY_MUTANT(hole_is_zero) && e.hole);
     if (zero) {
       skipped += extent.length();
+      m_.trust_zeroes(extent);
     } else {
       add(m_.blocks_of(extent));
     }
@@ -427,7 +427,7 @@ void Copier::finish_if_done(Copies::iterator it) {
   if (c.state == State::waiting && !c.live.empty()) return;
   for (const auto& r : c.live) {
     m_.map().set(r, BlockState::synced);
-    std::erase_if(unreadable_, [&](const auto& u) { return r.overlaps({u.first, u.second.end}); });
+    (void)forget_unreadable(r);
   }
   cost_ -= c.cost;
   const OpId id = c.id;
@@ -454,18 +454,34 @@ Ranges Copier::live() const {
   return out;
 }
 
-std::uint64_t Copier::unreadable_bytes() const {
-  std::uint64_t sum = 0;
-  for (const auto& [begin, u] : unreadable_) sum += u.end - begin;
-  return sum;
+std::map<std::uint64_t, Copier::Unreadable>::const_iterator Copier::unreadable_from(
+    std::uint64_t at) const {
+  const auto it = unreadable_.upper_bound(at);
+  if (it != unreadable_.begin() && std::prev(it)->second.end > at) return std::prev(it);
+  return it;
+}
+
+bool Copier::forget_unreadable(ByteRange blocks) {
+  bool any = false;
+  for (auto it = unreadable_from(blocks.begin);
+       it != unreadable_.end() && it->first < blocks.end;) {
+    unreadable_bytes_ -= it->second.end - it->first;
+    it = unreadable_.erase(it);
+    any = true;
+  }
+  return any;
 }
 
 std::uint64_t Copier::unreadable_stale_bytes() const {
-  std::uint64_t sum = 0;
-  for (const auto& [begin, u] : unreadable_) {
-    m_.map().for_each_run({begin, u.end}, [&](ByteRange r, BlockState s) {
-      if (s == BlockState::stale) sum += r.length();
-    });
+  if (unreadable_.empty()) return 0;
+  std::uint64_t sum = unreadable_bytes_;
+  for (const auto& c : copies_) {
+    for (const auto& live : c.live) {
+      for (auto it = unreadable_from(live.begin); it != unreadable_.end() && it->first < live.end;
+           ++it) {
+        sum -= live.intersect({it->first, it->second.end}).length();
+      }
+    }
   }
   return sum;
 }
@@ -479,6 +495,16 @@ void Copier::check_invariants() const {
     armed += total(c.live);
   }
   NBDFERRY_ASSERT(armed == m_.map().armed_bytes(), "armed blocks without a copy");
+  std::uint64_t unreadable = 0;
+  std::uint64_t stale = 0;
+  for (const auto& [begin, u] : unreadable_) {
+    unreadable += u.end - begin;
+    m_.map().for_each_run({begin, u.end}, [&](ByteRange r, BlockState s) {
+      if (s == BlockState::stale) stale += r.length();
+    });
+  }
+  NBDFERRY_ASSERT(unreadable == unreadable_bytes_ && stale == unreadable_stale_bytes(),
+                  "unreadable blocks are miscounted");
 }
 
 }  // namespace nbdferry::mirror

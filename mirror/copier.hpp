@@ -59,14 +59,9 @@ class Copier {
   [[nodiscard]] Ranges live() const;
   [[nodiscard]] bool active() const { return !copies_.empty(); }
   [[nodiscard]] bool has_work() const { return !copies_.empty() || !idle_; }
-  [[nodiscard]] std::uint64_t unreadable_bytes() const;
+  [[nodiscard]] std::uint64_t unreadable_bytes() const { return unreadable_bytes_; }
   // These blocks are being written: try to read them again. Returns whether any was unreadable.
-  bool forget_unreadable(ByteRange blocks) {
-    if (unreadable_.empty()) return false;
-    return std::erase_if(unreadable_, [&](const auto& u) {
-             return blocks.overlaps({u.first, u.second.end});
-           }) != 0;
-  }
+  bool forget_unreadable(ByteRange blocks);
   [[nodiscard]] std::uint64_t unreadable_stale_bytes() const;
   void check_invariants() const;
 
@@ -106,6 +101,9 @@ class Copier {
   void target_status(Copy& copy, ByteRange range, const std::vector<Extent>& extents);
   void finish_if_done(Copies::iterator it);
   [[nodiscard]] Copies::iterator find(OpId id);
+  // The first unreadable part that ends after `at`.
+  [[nodiscard]] std::map<std::uint64_t, Unreadable>::const_iterator unreadable_from(
+      std::uint64_t at) const;
 
   Migration& m_;
   Copies copies_;
@@ -123,7 +121,9 @@ class Copier {
   std::uint64_t hint_end_ = 0;
 
   std::set<std::uint64_t> bisected_;  // chunks that are read block by block
+  // By begin; disjoint, each within a block. All of it is stale, or armed by a copy that tries again.
   std::map<std::uint64_t, Unreadable> unreadable_;
+  std::uint64_t unreadable_bytes_ = 0;
   Copies::iterator next_from_ = copies_.end();  // where next_piece() found its piece
   std::size_t next_index_ = 0;
 };

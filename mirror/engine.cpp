@@ -315,6 +315,7 @@ void EngineState::switched_over() {
     pivoted_ = std::make_unique<Pivoted>(context_, guests_, migration_->options(),
                                          migration_->info(), migration_->window());
     if (!migration_->link_up()) pivoted_->target_lost("during the commit");
+    if (const auto& why = migration_->refused()) pivoted_->target_refused(*why);
     migration_->verifier().stop("switched over");
     context_.notice("switched over: the target serves from now on");
   } else {

@@ -6,6 +6,10 @@
 //  - Every SubmitSource is answered by exactly one SourceDone, every SubmitTarget by exactly one
 //    TargetDone, in any order and after any time. A target operation on a connection that was lost
 //    is answered with IoError::lost; all of them are answered before TargetLost is applied.
+//  - When connections are lost, or let go, TargetWindow with what is left ({0, 0} if nothing is)
+//    comes before the first of their lost answers: what the core sends on account of these must
+//    find room on living connections only. TargetLost, or TargetClosed, comes last.
+//  - After TargetRefused nothing comes by itself: it is closed, or opened again.
 //  - The core never has overlapping writes of the guest in flight on the source, nor any overlapping
 //    operations in flight on the target (ranges widened to the sides' alignments).
 //  - A target FLUSH is to be sent at once; it covers what was answered before its submission, on

@@ -1,14 +1,22 @@
 #include "mirror/flush_tracker.hpp"
 
+#include <utility>
+
 namespace nbdferry::mirror {
 
-void FlushTracker::written(BlockMap& map, ByteRange range) {
-  for (std::uint64_t c = range.begin / chunk_size; c * chunk_size < range.end; ++c) {
-    if (map.chunk_flag(c, flag())) continue;
-    map.set_flag(map.chunk_range(c), flag());
-    current_.push_back(c);
+void FlushTracker::found(BlockMap& map, ByteRange range) {
+  ByteRange rest = range.widened(chunk_size).intersect({0, map.size()});
+  while (!rest.empty()) {
+    const auto [run, already] = map.flag_run(rest, flag());
+    rest.begin = run.end;
+    if (already) continue;
+    map.set_flag(run, flag());
+    if (!current_.empty() && current_.back().end == run.begin) {
+      current_.back().end = run.end;
+    } else {
+      current_.push_back(run);
+    }
   }
-  current_bytes_ += range.length();
 }
 
 void FlushTracker::begin() {
@@ -19,24 +27,18 @@ void FlushTracker::begin() {
 }
 
 void FlushTracker::succeeded(BlockMap& map) {
-  for (const auto c : flushing_) map.clear_flag(map.chunk_range(c), other_flag());
+  for (const auto& r : flushing_) map.clear_flag(r, other_flag());
   flushing_.clear();
   if (!NBDFERRY_MUTANT(flush_covers_later_writes)) return;
-  for (const auto c : current_) map.clear_flag(map.chunk_range(c), flag());
+  for (const auto& r : current_) map.clear_flag(r, flag());
   current_.clear();
 }
 
-std::vector<std::uint64_t> FlushTracker::failed(BlockMap& map) {
-  std::vector<std::uint64_t> out;
-  for (const auto c : flushing_) {
-    map.clear_flag(map.chunk_range(c), other_flag());
-    out.push_back(c);
-  }
-  for (const auto c : current_) {
-    map.clear_flag(map.chunk_range(c), flag());
-    out.push_back(c);
-  }
-  flushing_.clear();
+Ranges FlushTracker::failed(BlockMap& map) {
+  for (const auto& r : flushing_) map.clear_flag(r, other_flag());
+  for (const auto& r : current_) map.clear_flag(r, flag());
+  Ranges out = std::exchange(flushing_, {});
+  out.insert(out.end(), current_.begin(), current_.end());
   current_.clear();
   current_bytes_ = 0;
   return out;

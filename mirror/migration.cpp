@@ -18,6 +18,7 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, con
     : context_(context),
       guests_(guests),
       suspects_(suspects),
+      inherited_until_(context.now + suspects.left(context.now)),
       options_(start.options),
       queue_([this](OpId waiter, int delta) {
         GuestOp* op = guests_.find(waiter);
@@ -106,12 +107,15 @@ void Migration::target_lost(const std::string& reason) {
 void Migration::mark_unflushed_stale(const char* why) {
   if (NBDFERRY_MUTANT(restart_keeps_unflushed)) return;
   if (info_.can_flush) {
-    for (const auto chunk : unflushed_.failed(*map_)) mark_stale(map_->chunk_range(chunk), why);
+    for (const auto& r : unflushed_.failed(*map_)) mark_stale(r, why);
     return;
   }
-  // Never flushed: whatever was written may be gone.
-  for (std::uint64_t c = 0; c < map_->chunk_count(); ++c) {
-    if (map_->chunk_flag(c, ChunkFlag::written)) mark_stale(map_->chunk_range(c), why);
+  // Never flushed: whatever was written may be gone. A walk of the map, eight chunks at a time where
+  // they are alike: a list of them would have no bound, and they are to be copied again anyway.
+  for (ByteRange rest{0, map_->size()}; !rest.empty();) {
+    const auto [run, written] = map_->flag_run(rest, ChunkFlag::written);
+    if (written) mark_stale(run, why);
+    rest.begin = run.end;
   }
 }
 
@@ -119,6 +123,7 @@ void Migration::target_refused(const std::string& reason) {
   // The record may be on its way to the disk: it is too late to fail.
   if (switchover_.decided()) {
     report_error("the target was refused during the commit: " + reason);
+    if (!NBDFERRY_MUTANT(refusal_forgotten)) refused_ = reason;
     return;
   }
   end(Phase::failed, reason);
@@ -139,10 +144,10 @@ void Migration::end(Phase phase, const std::string& reason) {
   if (start_command_) {
     context_.done(*std::exchange(start_command_, std::nullopt), phase != Phase::failed, reason);
   }
+  // What was not sent is dropped; the map says so until the end, for the status.
+  queue_.discard({0, std::numeric_limits<std::uint64_t>::max()});
   end_guest_waits();
   if (map_) {
-    // What was not sent is dropped; the map says so until the end, for the status.
-    queue_.discard({0, std::numeric_limits<std::uint64_t>::max()});
     for (const auto& r : copier_.live()) mark_stale(r, "the migration has ended");
   }
 }
@@ -362,7 +367,7 @@ void Migration::report(Status& s) const {
   s.zeroed_bytes = zeroed_bytes_;
   s.mirrored_bytes = mirrored_bytes_;
   s.suspect_bytes = suspects_.bytes();
-  s.quarantine_left = suspects_.left(context_.now);
+  s.quarantine_left = quarantine_left();
   s.unreadable_bytes = copier_.unreadable_bytes();
   s.verified_bytes = verifier_.verified_bytes();
   s.mismatched_bytes = verifier_.mismatched_bytes();

@@ -72,6 +72,8 @@ class Migration {
   [[nodiscard]] bool in_sync() const { return in_sync_; }
   [[nodiscard]] bool link_up() const { return link_up_; }
   [[nodiscard]] bool paused() const { return paused_; }
+  // Why the target was refused since the switchover was decided, if it was.
+  [[nodiscard]] const std::optional<std::string>& refused() const { return refused_; }
   [[nodiscard]] const TargetInfo& info() const { return info_; }
   [[nodiscard]] const TargetWindow& window() const { return window_; }
   [[nodiscard]] const MigrateOptions& options() const { return options_; }
@@ -96,6 +98,10 @@ class Migration {
   // Stale or acknowledged and not answered by the target (DESIGN.md, "debt"): is there none at all?
   [[nodiscard]] bool no_debt() const;
   [[nodiscard]] bool has_suspects() const { return !suspects_.empty(); }
+  [[nodiscard]] Duration quarantine_left() const { return suspects_.left(context_.now); }
+  [[nodiscard]] bool quarantine_inherited() const {
+    return !suspects_.empty() && context_.now < inherited_until_;
+  }
   [[nodiscard]] std::uint64_t unreadable_bytes() const { return copier_.unreadable_bytes(); }
   void enter_mode(Mode mode, const std::string& reason);
   // After a switchover was given up: the mode as it would be without.
@@ -110,6 +116,8 @@ class Migration {
     context_.notice(what);
   }
   [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
+  // The target's block status says that it is zero here, where the source is, too.
+  void trust_zeroes(ByteRange range);
   void count_copied(std::uint64_t sent, std::uint64_t zeroed) {
     copied_bytes_ += sent;
     zeroed_bytes_ += zeroed;
@@ -153,6 +161,7 @@ class Migration {
   Context& context_;
   GuestOps& guests_;
   Suspects& suspects_;
+  const Time inherited_until_;  // suspects that were there before
   MigrateOptions options_;
   TargetInfo info_;
   TargetWindow window_;
@@ -172,6 +181,7 @@ class Migration {
   bool link_up_ = false;
   bool ever_up_ = false;
   bool started_ = false;
+  std::optional<std::string> refused_;
   bool paused_ = false;
   bool in_sync_ = false;
   std::optional<Phase> ended_;

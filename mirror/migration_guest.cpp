@@ -33,6 +33,8 @@ void Migration::classify(GuestOp& op) {
   if (!map_ || ended_) return;
   const ByteRange blocks = blocks_of(op.range);
   verifier_.touched(blocks);
+  // A write may mend what could not be read: it counts as debt again, and ends what ignored it.
+  const bool unread = !NBDFERRY_MUTANT(unreadable_forever) && copier_.forget_unreadable(blocks);
   if (!mirroring()) {
     // Before the write is submitted: from here on the target is known not to hold them.
     mark_stale(blocks, "a write while not mirroring");
@@ -43,8 +45,7 @@ void Migration::classify(GuestOp& op) {
                       (NBDFERRY_MUTANT(armed_is_not_mirrored) && s == BlockState::armed);
     if (!skip) op.mirrored.push_back(r);
   });
-  // A write may mend what could not be read: it counts as debt again, and ends what ignored it.
-  if (copier_.forget_unreadable(blocks)) mark_stale(blocks, "a write to an unreadable block");
+  if (unread) mark_stale(blocks, "a write to an unreadable block");
   if (op.mirrored.empty() || mode_ != Mode::sync) return;
   op.waits_for_target = true;
   if (!can_queue_early(op)) return;
@@ -207,13 +208,7 @@ void Migration::release_waiter(GuestOp& op) {
   op.waits_for_target = false;
   context_.settle.push_back(op.id);
   if (op.pieces == 0) return;
-  // Unsent pieces were discarded when their blocks became stale, or are about to be; those in
-  // flight go on alone.
-  std::vector<ByteRange> unsent;
-  queue_.for_each([&](const MirrorEntry& e) {
-    if (e.waiter == op.id) unsent.push_back(e.range);
-  });
-  for (const auto& r : unsent) queue_.discard(r);
+  // Unsent pieces were discarded when their blocks became stale; those in flight go on alone.
   op.pieces -= in_flight_.forget_waiter(op.id);
   NBDFERRY_ASSERT(op.pieces == 0, "a guest write's pieces are miscounted");
 }

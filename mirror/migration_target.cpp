@@ -10,7 +10,7 @@ namespace {
 // Of the bytes on the wire the copier gets at least one in four, so that the end comes nearer.
 constexpr std::uint64_t mirrored_per_copied = 3;
 constexpr std::uint64_t copy_credit_max = 4ULL * 1024 * 1024;
-constexpr std::size_t unflushed_chunks_max = 64 * 1024;
+constexpr std::size_t unflushed_runs_max = 64 * 1024;
 constexpr Duration error_backoff = std::chrono::milliseconds(100);
 constexpr Duration error_backoff_max = std::chrono::seconds(5);
 
@@ -103,6 +103,16 @@ bool Migration::dispatch_copy() {
   return true;
 }
 
+// A zero that an earlier client of the target wrote, and did not flush, goes with a restart.
+void Migration::trust_zeroes(ByteRange range) {
+  if (NBDFERRY_MUTANT(zeroes_survive_restart)) return;
+  if (info_.can_flush) {
+    unflushed_.found(*map_, range);
+  } else {
+    map_->set_flag(range, ChunkFlag::written);
+  }
+}
+
 bool Migration::dispatch_verify() { return verifier_.start_one(); }
 
 std::optional<OpId> Migration::flush_target() {
@@ -124,7 +134,7 @@ void Migration::maybe_flush() {
   if (!info_.can_flush || flush_op_ || !link_up_ || holds_writes()) return;
   const Limits& limits = context_.config.limits;
   const bool much = unflushed_.unflushed_bytes() >= limits.flush_bytes ||
-                    unflushed_.unflushed_chunks() >= unflushed_chunks_max;
+                    unflushed_.unflushed_runs() >= unflushed_runs_max;
   const bool level = map_->stale_bytes() == 0;
   const bool long_ago =
       context_.now - flushed_at_ >= (level ? limits.flush_period_level : limits.flush_period);
@@ -144,9 +154,7 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
     if (NBDFERRY_MUTANT(failed_flush_is_retried)) {
       (void)unflushed_.failed(*map_);
     } else {
-      for (const auto chunk : unflushed_.failed(*map_)) {
-        mark_stale(map_->chunk_range(chunk), "a flush of the target failed");
-      }
+      for (const auto& r : unflushed_.failed(*map_)) mark_stale(r, "a flush of the target failed");
       // What is in flight may be in the server's cache by now, and be among what it gave up.
       Ranges in_flight;
       in_flight_.for_each([&](const TargetOp& o) {

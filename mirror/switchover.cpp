@@ -8,6 +8,10 @@ namespace {
 
 constexpr Duration auto_retry = std::chrono::seconds(1);
 
+std::string seconds_text(Duration d) {
+  return std::to_string(std::chrono::ceil<std::chrono::seconds>(d).count()) + " s";
+}
+
 std::string milliseconds_text(Duration d) {
   return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(d).count()) + " ms";
 }
@@ -24,7 +28,13 @@ std::string Switchover::obstacle() const {
     return std::to_string(m_.unreadable_bytes()) +
            " bytes of the source can't be read (migrate with --skip-unreadable to leave them out)";
   }
-  if (m_.has_suspects()) return "writes lost with a connection may still arrive (quarantine)";
+  if (m_.has_suspects()) {
+    return std::string("writes that ") +
+           (m_.quarantine_inherited() ? "an earlier migration left unanswered"
+                                      : "were lost with a connection") +
+           " may still arrive: their quarantine lasts " + seconds_text(m_.quarantine_left()) +
+           " more";
+  }
   if (!m_.in_sync()) {
     return "not in sync yet: " + std::to_string(m_.stale_bytes()) + " bytes to go";
   }
@@ -225,6 +235,8 @@ void Switchover::record_written(const RecordWritten& event) {
   if (!event.ok) {
     state_ = State::sealed;
     give_up("the ownership record could not be written: " + event.error);
+    // What was too late while the record might have been written is not too late now.
+    if (const auto why = m_.refused()) m_.end(Phase::failed, *why);
     return;
   }
   reached(State::committed);

@@ -30,8 +30,15 @@ enum class Case : unsigned {
   migrated_again,
   corruption_found,
   unreadable,
+  unreadable_mended,
+  unreadable_left_out,
   held_write,
   torn_read,
+  zeroes_undone,
+  refused_after_up,
+  refused_during_commit,
+  refused_after_pivot,
+  sync_beyond_window,
   count,
 };
 
@@ -57,8 +64,15 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "migrated_again",
     "corruption_found",
     "unreadable",
+    "unreadable_mended",
+    "unreadable_left_out",
     "held_write",
     "torn_read",
+    "zeroes_undone",
+    "refused_after_up",
+    "refused_during_commit",
+    "refused_after_pivot",
+    "sync_beyond_window",
 };
 
 // Plain data: lives in memory shared with the worker processes.

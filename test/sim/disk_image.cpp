@@ -65,7 +65,8 @@ void DiskImage::write_back(ByteRange range) {
   }
 }
 
-void DiskImage::crash(Prng& prng) {
+bool DiskImage::crash(Prng& prng) {
+  bool undone = false;
   std::uint64_t coins = 0;
   for (std::uint64_t u = 0; u < units(); ++u) {
     if (u % 64 == 0) coins = prng.next();
@@ -76,10 +77,13 @@ void DiskImage::crash(Prng& prng) {
     if (keep && !abandoned) {
       std::memcpy(durable_.data() + r.begin, current_.data() + r.begin, r.length());
     } else {
+      undone = undone || (all_zero(current_.data() + r.begin, r.length()) &&
+                          !all_zero(durable_.data() + r.begin, r.length()));
       std::memcpy(current_.data() + r.begin, durable_.data() + r.begin, r.length());
     }
     durable_versions_[u] = current_versions_[u] = ++last_version_;
   }
+  return undone;
 }
 
 DiskImage::Covered DiskImage::begin_flush() const {

@@ -46,7 +46,8 @@ class DiskImage {
   // `range` within one unit; null data means zeroes.
   void write(ByteRange range, const std::byte* data);
   void write_back(ByteRange range);
-  void crash(Prng& prng);
+  // Returns whether something that read as zeroes is back.
+  bool crash(Prng& prng);
 
   // A flush under way: what it covers.
   struct Covered {

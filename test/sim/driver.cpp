@@ -42,11 +42,11 @@ void Driver::step() {
   offer(source, s.source_weight / 2, &Driver::progress_source);
   offer(w_.target().up() && target, s.target_weight, &Driver::complete_target);
   offer(w_.target().busy(), s.target_weight / 2, &Driver::progress_target);
-  offer(!w_.target().up() && w_.target().link() != Link::closed, 8, &Driver::answer_link);
+  offer(w_.target().link_moves(), 8, &Driver::answer_link);
   offer(w_.record_pending(), 8, &Driver::write_record);
   offer(true, s.operator_weight, &Driver::operate);
-  offer(s.losses && w_.target().up(), w_.serving() == Serving::target ? 6 : 1, &Driver::lose);
-  offer(true, 1, &Driver::jump);
+  offer(s.losses && w_.target().up(), w_.serving() == Serving::target ? 10 : 1, &Driver::lose);
+  offer(true, w_.target().link() == Link::refused ? 6 : 1, &Driver::jump);
   offer(true, 1, &Driver::stall);
   offer(true, 2, &Driver::meddle);
 
@@ -87,12 +87,25 @@ void Driver::answer_link() {
       }
       break;
     case Link::down:
-      if (finishing_ || prng_.chance(1, 4)) w_.come_up();
+      if (!finishing_ && prng_.chance(1, 12)) {
+        refuse();
+      } else if (finishing_ || prng_.chance(1, 4)) {
+        w_.come_up();
+      }
       break;
+    case Link::refused:
     case Link::closed:
     case Link::up:
       break;
   }
+}
+
+// It came back as something else, and will not be tried again by itself.
+void Driver::refuse() {
+  w_.cases().saw(w_.record_pending()               ? Case::refused_during_commit
+                 : w_.serving() == Serving::target ? Case::refused_after_pivot
+                                                   : Case::refused_after_up);
+  w_.apply(w_.target().refuse());
 }
 
 void Driver::lose() {
@@ -110,8 +123,11 @@ void Driver::lose() {
 // Time passes, about as long as one of the limits.
 void Driver::jump() {
   const Setup& s = w_.setup();
-  const Duration about = prng_.pick(
-      {s.sync_timeout, s.downtime_limit, s.quarantine, s.reconnect_delay, s.step_max, s.step_max});
+  // A target that was refused after a pivot is opened again after a second.
+  const bool refused = w_.target().link() == Link::refused;
+  const Duration about =
+      prng_.pick({s.sync_timeout, s.downtime_limit, s.quarantine, s.reconnect_delay, s.step_max,
+                  refused ? Duration(std::chrono::seconds(1)) : s.step_max});
   w_.advance(about / 8 * static_cast<std::int64_t>(prng_.between(1, 10)));
 }
 
@@ -121,7 +137,17 @@ void Driver::stall() {
   (prng_.chance(1, 4) ? source_stalled_until_ : target_stalled_until_) = until;
 }
 
-void Driver::write_record() { w_.write_record(finishing_ || !prng_.chance(1, 3)); }
+void Driver::write_record() {
+  TargetModel& t = w_.target();
+  if (!finishing_ && w_.setup().losses && t.up() && prng_.chance(1, 3)) {
+    // While it is being written the target goes, and is another one when it is back.
+    w_.lose_target();
+    while (t.link() != Link::down) answer_link();
+    refuse();
+  } else {
+    w_.write_record(finishing_ || !prng_.chance(1, 3));
+  }
+}
 
 // What nobody asked for.
 void Driver::meddle() {

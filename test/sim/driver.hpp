@@ -28,6 +28,7 @@ class Driver {
   void complete_target();
   void progress_target();
   void answer_link();
+  void refuse();
   void lose();
   void jump();
   void stall();

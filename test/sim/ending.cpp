@@ -5,8 +5,6 @@
 namespace nbdferry::sim {
 
 using namespace mirror;
-using Link = TargetModel::Link;
-
 namespace {
 constexpr unsigned steps_max = 20'000;
 }
@@ -15,7 +13,7 @@ constexpr unsigned steps_max = 20'000;
 bool Driver::mend() {
   w_.advance(Duration(static_cast<std::int64_t>(prng_.below(20'000))));
   TargetModel& t = w_.target();
-  const bool link = !t.up() && t.link() != Link::closed;
+  const bool link = t.link_moves();
   if (w_.record_pending()) {
     write_record();
   } else if (w_.source().busy() && (prng_.chance(1, 2) || !t.busy())) {
@@ -79,8 +77,9 @@ void Driver::level() {
         w_.command(Abort{});
         return false;
       default:
-        return s.phase == Phase::in_sync && s.stale_bytes == 0 && s.copying_bytes == 0 &&
-               s.buffered_bytes == 0 && s.suspect_bytes == 0 && s.unreadable_bytes == 0;
+        return s.phase == Phase::in_sync && s.stale_bytes == s.unreadable_bytes &&
+               s.copying_bytes == 0 && s.buffered_bytes == 0 && s.suspect_bytes == 0 &&
+               (s.unreadable_bytes == 0 || w_.setup().stays_unreadable);
     }
   });
 }

@@ -64,12 +64,13 @@ bool Flight::haunt(DiskImage& image, Prng& prng) {
 void Flight::make_extents(const DiskImage& image, std::uint64_t grain, bool vague, Prng& prng) {
   extents_.clear();
   const std::uint64_t g = std::max(grain, unit_size);
+  const bool thorough = prng.chance(1, 2);
   for (std::uint64_t at = op_.range.begin; at < op_.range.end;) {
     const std::uint64_t next = std::min((at / g + 1) * g, op_.range.end);
     Extent e{next - at, false, all_zero(image.current() + at, next - at)};
     e.hole = e.zero;
     if (vague && prng.chance(1, 8)) e.hole = !e.hole;
-    if (prng.chance(1, 16)) e.zero = e.hole = false;
+    if (!thorough && prng.chance(1, 16)) e.zero = e.hole = false;
     if (!extents_.empty() && extents_.back().hole == e.hole && extents_.back().zero == e.zero) {
       extents_.back().length += e.length;
     } else {

@@ -152,6 +152,11 @@ void GuestView::check_delays(Time now) const {
   }
 }
 
+std::size_t GuestView::waiting_for_target() const {
+  return static_cast<std::size_t>(
+      std::count_if(open_.begin(), open_.end(), [](const Request& r) { return r.done; }));
+}
+
 std::uint64_t GuestView::open_write_bytes(std::uint64_t align) const {
   std::uint64_t sum = 0;
   for (const auto& r : open_) {

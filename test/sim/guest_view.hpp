@@ -58,6 +58,8 @@ class GuestView {
   void check_delays(Time now) const;
 
   [[nodiscard]] const std::vector<Request>& open() const { return open_; }
+  // Writes that their source has answered, and the guest not been told.
+  [[nodiscard]] std::size_t waiting_for_target() const;
   [[nodiscard]] std::uint64_t open_write_bytes(std::uint64_t align) const;
   [[nodiscard]] Oracle& oracle() { return oracle_; }
 

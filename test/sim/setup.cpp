@@ -33,7 +33,7 @@ void choose_limits(Setup& s, Prng& prng) {
   l.zero_piece_bytes = prng.pick({64 * kib, 128 * kib, 256 * kib});
   l.verify_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib});
   l.flush_bytes = prng.pick({16 * kib, 64 * kib, 1024 * kib});
-  l.flush_period = std::chrono::milliseconds(prng.pick({5, 20, 100}));
+  l.flush_period = std::chrono::milliseconds(prng.pick({5, 20, 100, 1000}));
   l.flush_period_level = l.flush_period;
   l.target_errors_max = prng.pick({2U, 4U, 16U});
   // No piece is smaller than what the target can write.
@@ -77,14 +77,15 @@ Setup make_setup(Prng& prng) {
   s.small_writes = prng.chance(1, 2);
   s.source_errors = prng.chance(1, 4);
   s.target_errors = prng.chance(1, 4);
-  s.unreadable = prng.chance(1, 12);
+  s.unreadable = prng.chance(1, 8);
+  s.stays_unreadable = s.unreadable && prng.chance(1, 2);
   s.losses = prng.chance(1, 2);
   s.restarts = prng.chance(2, 3);
   s.corruption = prng.chance(1, 10);
   s.check_invariants = prng.chance(1, 8);
   s.tick_always = prng.chance(1, 2);
 
-  s.guest_weight = prng.pick({4U, 10U, 20U});
+  s.guest_weight = prng.pick({1U, 4U, 10U, 20U});
   s.source_weight = prng.pick({10U, 25U, 50U});
   s.target_weight = prng.pick({5U, 20U, 50U});
   s.operator_weight = prng.pick({1U, 3U, 6U});
@@ -96,7 +97,7 @@ mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   o.mode = prng.chance(1, 2) ? mirror::Mode::async : mirror::Mode::sync;
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
   if (prng.chance(1, 6) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
-  o.skip_unreadable = prng.chance(1, 4);
+  o.skip_unreadable = s.stays_unreadable || prng.chance(1, 4);
   o.buffer_bytes = prng.pick({1 * kib, 4 * kib, 16 * kib, 64 * kib, 1024 * kib});
   o.max_delay = std::chrono::milliseconds(prng.pick({1, 10, 50}));
   o.downtime_limit = s.downtime_limit;

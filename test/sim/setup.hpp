@@ -27,7 +27,8 @@ struct Setup {
   bool small_writes = false;        // below a block, where the promise to the guest allows
   bool source_errors = false;
   bool target_errors = false;
-  bool unreadable = false;  // sticky unreadable sectors
+  bool unreadable = false;        // sticky unreadable sectors
+  bool stays_unreadable = false;  // to the very end; every migration leaves them out
   bool losses = false;
   bool restarts = false;
   bool corruption = false;        // silent, on the target; such histories never pivot

@@ -35,6 +35,7 @@ void SourceModel::check(const mirror::DiskOp& op) const {
 
 bool SourceModel::submit(mirror::DiskOp&& op) {
   check(op);
+  if (is_write(op.command)) mended_ = set_read_failed(op.range, false) || mended_;
   bool beside_read = false;
   for (const auto& f : flights_) {
     beside_read = beside_read || (is_write(op.command) && f.op().command == Command::read &&
@@ -80,12 +81,7 @@ mirror::SourceDone SourceModel::complete() {
   }
   if (op.command == Command::read && f.error() != IoError::none) {
     const std::uint64_t block = std::max<std::uint64_t>(block_size_min, setup_.target.block_min);
-    if (op.range.length() <= block) {
-      const ByteRange r = op.range.widened(block).intersect({0, image.size()});
-      for (std::uint64_t u = r.begin / unit_size; u * unit_size < r.end; ++u) {
-        read_failed_[u] = true;
-      }
-    }
+    if (op.range.length() <= block) (void)set_read_failed(op.range, true);
   }
   if (f.error() != IoError::none) return done;
   if (op.command == Command::read) done.data = f.take_data();
@@ -94,6 +90,17 @@ mirror::SourceDone SourceModel::complete() {
     done.extents = std::move(f.extents());
   }
   return done;
+}
+
+bool SourceModel::set_read_failed(ByteRange range, bool failed) {
+  const std::uint64_t block = std::max<std::uint64_t>(block_size_min, setup_.target.block_min);
+  const ByteRange r = range.widened(block).intersect({0, image.size()});
+  bool any = false;
+  for (std::uint64_t u = r.begin / unit_size; u * unit_size < r.end; ++u) {
+    any = any || read_failed_[u];
+    read_failed_[u] = failed;
+  }
+  return any;
 }
 
 void SourceModel::break_sector() {
@@ -106,6 +113,7 @@ void SourceModel::break_sector() {
 void SourceModel::heal() {
   healthy_ = true;
   for (auto& f : flights_) f.heal();
+  if (setup_.stays_unreadable) return;
   unreadable_.assign(image.units(), false);
   unreadable_count_ = 0;
 }

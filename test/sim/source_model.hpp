@@ -29,17 +29,24 @@ class SourceModel {
   // Some sector becomes unreadable until it is written.
   void break_sector();
   [[nodiscard]] bool any_unreadable() const { return unreadable_count_ != 0; }
-  // No more errors; sectors can be read again.
+  // A write to what could not be read has been submitted.
+  [[nodiscard]] bool mended() const { return mended_; }
+  // No more errors; sectors can be read again, unless they stay as they are.
   void heal();
 
-  // Blocks of which a small read failed, ever: a copier that skips unreadable sectors leaves them
-  // out.
+  // Blocks of which a small read failed, and which were not written since: a copier that skips
+  // unreadable sectors leaves them out.
   [[nodiscard]] bool read_failed(std::uint64_t unit) const { return read_failed_[unit]; }
+
+  // Another migration: it has to find out for itself.
+  void forget_failed_reads() { read_failed_.assign(image.units(), false); }
 
   DiskImage image;
 
  private:
   void check(const mirror::DiskOp& op) const;
+  // In whole blocks of the target. Returns whether any of it had failed.
+  bool set_read_failed(ByteRange range, bool failed);
 
   const Setup& setup_;
   Prng& prng_;
@@ -49,6 +56,7 @@ class SourceModel {
   std::vector<bool> unreadable_;
   std::vector<bool> read_failed_;
   std::uint64_t unreadable_count_ = 0;
+  bool mended_ = false;
 };
 
 }  // namespace nbdferry::sim

@@ -22,18 +22,31 @@ void TargetModel::renew() {
       image.preset(ByteRange{at, std::min(at + block_size_min, image.size())}, 2);
     }
   }
+  if (prng_.chance(1, 2)) return;
+  // Somebody zeroed some of it and did not flush: it reads as zeroes for as long as it runs.
+  constexpr std::uint64_t units = chunk_size / unit_size;
+  bool zero = false;
+  for (std::uint64_t u = 0; u < image.units(); ++u) {
+    if (u % units == 0) zero = prng_.chance(2, 3);
+    if (zero) image.write(image.unit_range(u), nullptr);
+  }
+}
+
+void TargetModel::restart() {
+  cases_.saw(Case::server_restart);
+  cases_.saw_if(image.crash(prng_), Case::zeroes_undone);
 }
 
 // --- the core's actions
 // ---------------------------------------------------------------------------
 
 void TargetModel::open(bool another) {
-  require(link_ == Link::closed, "target: opened while it is open");
+  require(link_ == Link::closed || link_ == Link::refused, "target: opened while it is open");
   link_ = Link::opening;
   if (another && used_) {
     renew();
   } else if (used_ && setup_.restarts && prng_.chance(1, 4)) {
-    image.crash(prng_);
+    (void)image.crash(prng_);
   }
   used_ = true;
   image.forgive();
@@ -109,10 +122,7 @@ mirror::TargetWindow TargetModel::window() const {
 }
 
 mirror::TargetUp TargetModel::come_up() {
-  if (link_ == Link::down && setup_.restarts && prng_.chance(1, 2)) {
-    image.crash(prng_);
-    cases_.saw(Case::server_restart);
-  }
+  if (link_ == Link::down && setup_.restarts && prng_.chance(1, 2)) restart();
   link_ = Link::up;
   living_ =
       healthy_ ? setup_.connections : static_cast<unsigned>(prng_.between(1, setup_.connections));
@@ -121,7 +131,7 @@ mirror::TargetUp TargetModel::come_up() {
 }
 
 mirror::TargetRefused TargetModel::refuse() {
-  link_ = Link::down;
+  link_ = Link::refused;
   living_ = 0;
   return {"the simulator says no"};
 }
@@ -198,10 +208,7 @@ mirror::TargetWindow TargetModel::lose_all(Time now) {
 mirror::TargetLost TargetModel::go_down() {
   link_ = Link::down;
   ++losses_;
-  if (setup_.restarts && prng_.chance(1, 4)) {
-    image.crash(prng_);
-    cases_.saw(Case::server_restart);
-  }
+  if (setup_.restarts && prng_.chance(1, 4)) restart();
   return {"the simulator pulled the plug"};
 }
 

@@ -19,16 +19,21 @@ namespace nbdferry::sim {
 
 class TargetModel {
  public:
-  enum class Link { closed, opening, up, dying, down, closing };
+  enum class Link { closed, opening, up, dying, down, refused, closing };
 
   TargetModel(const Setup& setup, Prng& prng, Cases& cases);
 
   [[nodiscard]] Link link() const { return link_; }
   [[nodiscard]] bool up() const { return link_ == Link::up; }
+  // Something about it is to happen by itself.
+  [[nodiscard]] bool link_moves() const {
+    return link_ != Link::up && link_ != Link::closed && link_ != Link::refused;
+  }
   [[nodiscard]] bool busy() const { return !flights_.empty(); }
   // Memory that writes in flight stand for, counted as the core's buffer counts it.
   [[nodiscard]] std::uint64_t buffer_in_flight() const;
   [[nodiscard]] Time down_since() const { return down_since_; }
+  [[nodiscard]] mirror::TargetWindow window() const;
 
   // The core's actions.
   void open(bool another);
@@ -81,10 +86,10 @@ class TargetModel {
   };
 
   void renew();
+  void restart();
   void check(const mirror::DiskOp& op) const;
   void written(const Flight& flight);
   void make_zombie(Flight&& flight, Time now);
-  [[nodiscard]] mirror::TargetWindow window() const;
   [[nodiscard]] static std::uint64_t window_cost(const mirror::DiskOp& op) {
     return op.command == Command::write || op.command == Command::read ? op.range.length() : 0;
   }

@@ -106,6 +106,7 @@ void World::heal() {
 void World::note_start(const MigrateOptions& options) {
   buffer_bytes_ = options.buffer_bytes;
   skip_unreadable_ = options.skip_unreadable;
+  source_.forget_failed_reads();
 }
 
 // --- actions
@@ -185,6 +186,10 @@ void World::check_status() {
   }
   cases_.saw_if(s.held_requests != 0, Case::held_write);
   cases_.saw_if(s.unreadable_bytes != 0, Case::unreadable);
+  cases_.saw_if(s.mode == Mode::sync && serving_ == Serving::source &&
+                    guest_.waiting_for_target() > target_.window().window_ops,
+                Case::sync_beyond_window);
+  require(s.quarantine_left <= setup_.quarantine, "a quarantine that is longer than asked for");
 
   if (!s.holding || record_ || serving_ != Serving::source) {
     hold_since_.reset();
@@ -231,6 +236,9 @@ void World::check_identical(const char* when, bool durable, bool but_open) {
     for (std::uint64_t u = 0; u < source.units(); ++u) {
       const ByteRange r = source.unit_range(u);
       const bool same = std::memcmp(source.current() + r.begin, target + r.begin, r.length()) == 0;
+      if (!same && skip_unreadable_ && source_.read_failed(u) && !target_.corrupt(u)) {
+        cases_.saw(Case::unreadable_left_out);
+      }
       if (same || excused(u)) continue;
       bool is_open = false;
       for (const auto& q : guest_.open()) {
@@ -276,6 +284,7 @@ void World::count_cases() {
   cases_.saw_if(c.copies_discarded != 0, Case::copy_discarded);
   cases_.saw_if(c.flush_failures != 0, Case::flush_failure);
   cases_.saw_if(c.replayed_writes != 0, Case::replayed_write);
+  cases_.saw_if(source_.mended(), Case::unreadable_mended);
 }
 
 }  // namespace nbdferry::sim

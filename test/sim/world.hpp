@@ -110,7 +110,7 @@ class World {
   mirror::Serving serving_ = mirror::Serving::source;
   std::optional<mirror::SwitchKind> record_;
   bool target_failed_ = false;    // since the pivot
-  bool skip_unreadable_ = false;  // in some migration to this target
+  bool skip_unreadable_ = false;  // in the last migration
   bool another_target_ = false;
   std::uint64_t buffer_bytes_ = 0;
 

@@ -96,7 +96,7 @@ TEST_CASE("a flush covers what was acknowledged before its submission, and no mo
   tracker.succeeded(map);
   CHECK_FALSE(tracker.clean());
   const auto lost = tracker.failed(map);
-  CHECK(lost == std::vector<std::uint64_t>{1, 0});
+  CHECK(lost == Ranges{map.chunk_range(1), map.chunk_range(0)});
   CHECK(tracker.clean());
 }
 
@@ -106,11 +106,22 @@ TEST_CASE("a failed flush gives back both epochs") {
   tracker.written(map, map.chunk_range(3));
   tracker.begin();
   tracker.written(map, map.chunk_range(2));
-  auto lost = tracker.failed(map);
-  std::sort(lost.begin(), lost.end());
-  CHECK(lost == std::vector<std::uint64_t>{2, 3});
+  CHECK(tracker.failed(map) == Ranges{map.chunk_range(3), map.chunk_range(2)});
   tracker.written(map, map.chunk_range(3));
-  CHECK(tracker.unflushed_chunks() == 1);
+  CHECK(tracker.unflushed_runs() == 1);
+}
+
+TEST_CASE("what the target was found to hold is unflushed, too; neighbours are one run") {
+  const std::uint64_t size = chunk_size * 4 - 4096;
+  BlockMap map(size, 100);
+  FlushTracker tracker;
+  tracker.found(map, {0, chunk_size + 1});
+  tracker.written(map, {chunk_size, chunk_size + 4096});
+  tracker.found(map, {chunk_size, size});
+  CHECK(tracker.unflushed_runs() == 1);
+  CHECK(tracker.unflushed_bytes() == 4096);
+  CHECK(tracker.failed(map) == Ranges{{0, size}});
+  CHECK_FALSE(map.any_flag({0, size}, ChunkFlag::unflushed_even));
 }
 
 TEST_CASE("suspects end when their time comes, and count each byte once") {
