@@ -304,7 +304,7 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
 void Copier::zero_range(Copy& c, ByteRange range) {
   for (ByteRange rest = range; !rest.empty();) {
     const auto [run, written] = m_.map().flag_run(rest, ChunkFlag::written);
-    if (m_.info().has_allocation && (!written || NBDFERRY_MUTANT(status_after_write))) {
+    if (m_.knows_zeroes() && (!written || NBDFERRY_MUTANT(status_after_write))) {
       c.pieces.push_back({c.id, run, Command::block_status, {}});
     } else {
       add_pieces(c, run, Command::zero, {});
@@ -378,7 +378,7 @@ void Copier::target_done(const TargetOp& op, const TargetDone& event) {
   Copy& c = *it;
   --c.in_flight;
   if (op.command == Command::block_status) {
-    const bool known = event.error == IoError::none && !event.extents.empty();
+    const bool known = event.error == IoError::none && !event.extents.empty() && m_.knows_zeroes();
     const Ranges live = intersection(c.live, op.range);
     if (known) {
       target_status(c, op.range, event.extents);

@@ -116,6 +116,9 @@ class Migration {
     context_.notice(what);
   }
   [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
+  // Does the target's block status tell what it holds? Not when a flush has failed: what that gave
+  // up reads as it was written, no later flush brings it to the disk, and a restart undoes it.
+  [[nodiscard]] bool knows_zeroes() const { return info_.has_allocation && !flush_failed_; }
   // The target's block status says that it is zero here, where the source is, too.
   void trust_zeroes(ByteRange range);
   void count_copied(std::uint64_t sent, std::uint64_t zeroed) {
@@ -195,6 +198,7 @@ class Migration {
   std::string last_error_;
 
   std::optional<OpId> flush_op_;
+  bool flush_failed_ = false;  // ever, in this migration
   Time flushed_at_{0};
   std::uint32_t errors_in_row_ = 0;
   Time retry_at_{0};

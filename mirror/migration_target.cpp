@@ -150,6 +150,7 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
     unflushed_.succeeded(*map_);
   } else if (!ended_) {
     ++context_.counters.flush_failures;
+    flush_failed_ = !NBDFERRY_MUTANT(zeroes_survive_failed_flush);
     // A flush that is tried again proves nothing: what it should have covered may be gone (rule 7).
     if (NBDFERRY_MUTANT(failed_flush_is_retried)) {
       (void)unflushed_.failed(*map_);
