@@ -88,9 +88,11 @@ void Driver::level() {
 void Driver::find_corruption() {
   settle("the disks' operations", [&] { return !w_.source().busy() && !w_.target().busy(); });
   w_.target().corrupt();
+  // What could not be read so far may be copied over it before the verification comes by.
+  const bool all_held = w_.status().stale_bytes == 0;
   const bool ok = issue_and_settle(w_.command(Verify{}), "to verify");
   const bool complete = w_.last_message().find("compared") != std::string::npos;
-  require(!complete || !ok, "verify missed a difference: {}", w_.last_message());
+  require(!all_held || !complete || !ok, "verify missed a difference: {}", w_.last_message());
   level();
 }
 
