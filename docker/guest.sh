@@ -10,18 +10,23 @@
 set -eu
 uri=$1
 cd /results
-trap 'exit 0' TERM INT
+fio=
+trap '[ -z "$fio" ] || kill -KILL "$fio"; exit 0' TERM INT
 
 # guest_fio NAME OPTION...: its output is shown only if it fails.
 guest_fio() {
   name=$1
   shift
   fio --name="$name" --ioengine=nbd --uri="$uri" --verify=crc32c --verify_fatal=1 "$@" \
-    >"$name.log" 2>&1 || {
+    >"$name.log" 2>&1 &
+  # In the background: the shell answers a signal only between its commands, or in wait.
+  fio=$!
+  wait "$fio" || {
     echo "guest: $name failed:"
     cat "$name.log"
     return 1
   }
+  fio=
 }
 
 work() {
