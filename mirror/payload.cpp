@@ -1,21 +1,19 @@
 // Where payloads live. Two levels, both by size class, so that capacities can be counted honestly:
 //
-//  - Spans: page-aligned mappings of their own, for the large classes, and for slabs.
+//  - Spans: page-aligned allocations of their own, for the large classes, and for slabs.
 //  - Slabs: spans cut into slots of one class, for the small ones. A slab that is all free becomes a
 //    span again, but for the last one of its class.
 //
 // What must hold: spans that nobody uses add up to `spare_bytes_max` at most, over all classes; the
-// rest goes back to the kernel. (The heap would keep it: one large free raises its thresholds for
-// good, and what lies between two live buffers is never returned.)
+// rest is freed. That it goes back to the kernel then is the program's doing (proxy/cli_serve.cpp).
 #include "mirror/payload.hpp"
 
 #include <array>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
-
-#include <sys/mman.h>
 
 #include "mirror/assert.hpp"
 
@@ -121,9 +119,8 @@ class Pool {
       spare_bytes_ -= c.capacity;
       return memory;
     }
-    void* memory =
-        ::mmap(nullptr, c.capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
+    void* memory = std::aligned_alloc(page, c.capacity);
+    if (memory == nullptr) throw std::bad_alloc();
     return static_cast<std::byte*>(memory);
   }
 
@@ -137,7 +134,7 @@ class Pool {
       for (unsigned i = 1; i < class_count; ++i) {
         if (spare_[i].size() * capacity_[i] > spare_[most].size() * capacity_[most]) most = i;
       }
-      ::munmap(spare_[most].back(), capacity_[most]);
+      std::free(spare_[most].back());
       spare_[most].pop_back();
       spare_bytes_ -= capacity_[most];
     }

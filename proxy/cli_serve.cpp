@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include <malloc.h>
+
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
 #include <fmt/format.h>
@@ -20,6 +22,8 @@
 
 namespace nbdferry::proxy {
 namespace {
+
+constexpr int own_mapping_bytes = 36 * 1024;  // the payloads' spans are larger (mirror/payload.cpp)
 
 class Serving {
  public:
@@ -96,6 +100,9 @@ class Serving {
 }  // namespace
 
 int run_serve(const ServeCommand& command) {
+  // Large buffers get mappings of their own and go back to the kernel when they are freed. Left to
+  // itself the heap raises this at the first such free, and keeps what lies between two live ones.
+  mallopt(M_MMAP_THRESHOLD, own_mapping_bytes);
   // A client that is gone is an error of its write, not the end of the process.
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);  // a write beyond a file size limit is an error of that write
