@@ -61,13 +61,24 @@ bool Flight::haunt(DiskImage& image, Prng& prng) {
   return any;
 }
 
-void Flight::make_extents(const DiskImage& image, std::uint64_t grain, bool vague, Prng& prng) {
+void Flight::make_extents(const DiskImage& image, std::uint64_t grain, bool vague,
+                          const std::vector<bool>* lagging, Prng& prng) {
   extents_.clear();
+  const auto reads_as_zero = [&](std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t at = begin; at < end;) {
+      const std::uint64_t unit = at / unit_size;
+      const std::uint64_t next = std::min((unit + 1) * unit_size, end);
+      const bool late = lagging != nullptr && (*lagging)[unit];
+      if (!all_zero((late ? image.durable() : image.current()) + at, next - at)) return false;
+      at = next;
+    }
+    return true;
+  };
   const std::uint64_t g = std::max(grain, unit_size);
   const bool thorough = prng.chance(1, 2);
   for (std::uint64_t at = op_.range.begin; at < op_.range.end;) {
     const std::uint64_t next = std::min((at / g + 1) * g, op_.range.end);
-    Extent e{next - at, false, all_zero(image.current() + at, next - at)};
+    Extent e{next - at, false, reads_as_zero(at, next)};
     e.hole = e.zero;
     if (vague && prng.chance(1, 8)) e.hole = !e.hole;
     if (!thorough && prng.chance(1, 16)) e.zero = e.hole = false;

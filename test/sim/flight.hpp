@@ -43,8 +43,10 @@ class Flight {
   [[nodiscard]] Payload take_data() { return std::move(data_).freeze(); }
 
   // Block status, truthful at the moment it is made: runs of at least `grain`, a prefix at times.
-  // `vague`: a hole need not read as zeroes, zeroes need not be seen.
-  void make_extents(const DiskImage& image, std::uint64_t grain, bool vague, Prng& prng);
+  // `vague`: a hole need not read as zeroes, zeroes need not be seen. `lagging`: units of which
+  // only the durable content is seen; may be null.
+  void make_extents(const DiskImage& image, std::uint64_t grain, bool vague,
+                    const std::vector<bool>* lagging, Prng& prng);
   [[nodiscard]] std::vector<Extent>& extents() { return extents_; }
 
   std::uint64_t event = 0;  // target only: of its submission

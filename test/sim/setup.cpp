@@ -79,13 +79,15 @@ Setup make_setup(Prng& prng) {
   s.target_errors = prng.chance(1, 4);
   s.unreadable = prng.chance(1, 8);
   s.stays_unreadable = s.unreadable && prng.chance(1, 2);
+  s.status_lags = prng.chance(1, 4);
   s.losses = prng.chance(1, 2);
   s.restarts = prng.chance(2, 3);
   s.corruption = prng.chance(1, 10);
   s.check_invariants = prng.chance(1, 8);
   s.tick_always = prng.chance(1, 2);
 
-  s.guest_weight = prng.pick({1U, 4U, 10U, 20U});
+  // A disk that nobody writes to hides nothing of what the copier does.
+  s.guest_weight = prng.chance(1, 8) ? 0 : prng.pick({1U, 4U, 10U, 20U});
   s.source_weight = prng.pick({10U, 25U, 50U});
   s.target_weight = prng.pick({5U, 20U, 50U});
   s.operator_weight = prng.pick({1U, 3U, 6U});

@@ -29,6 +29,7 @@ struct Setup {
   bool target_errors = false;
   bool unreadable = false;        // sticky unreadable sectors
   bool stays_unreadable = false;  // to the very end; every migration leaves them out
+  bool status_lags = false;       // block status does not see what was not flushed
   bool losses = false;
   bool restarts = false;
   bool corruption = false;        // silent, on the target; such histories never pivot

@@ -86,7 +86,7 @@ mirror::SourceDone SourceModel::complete() {
   if (f.error() != IoError::none) return done;
   if (op.command == Command::read) done.data = f.take_data();
   if (op.command == Command::block_status) {
-    f.make_extents(image, unit_size, false, prng_);
+    f.make_extents(image, unit_size, false, nullptr, prng_);
     done.extents = std::move(f.extents());
   }
   return done;

@@ -49,6 +49,7 @@ void TargetModel::open(bool another) {
     (void)image.crash(prng_);
   }
   used_ = true;
+  ours_.assign(image.units(), false);
   image.forgive();
 }
 
@@ -109,6 +110,10 @@ void TargetModel::submit(mirror::DiskOp&& op) {
     inert = prng_.chance(1, 3);
   }
   bytes_in_flight_ += window_cost(op);
+  if (is_write(op.command)) {
+    for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u)
+      ours_[u] = true;
+  }
   Flight& f = flights_.emplace_back(std::move(op), error, inert, image);
   f.connection = static_cast<unsigned>(prng_.below(living_));
   f.event = event_;
@@ -188,7 +193,8 @@ mirror::TargetDone TargetModel::answer(Time now) {
   if (f.op().command == Command::read) done.data = f.take_data();
   if (f.op().command == Command::block_status) {
     if (setup_.target.has_allocation) {
-      f.make_extents(image, setup_.target.block_min, true, prng_);
+      f.make_extents(image, setup_.target.block_min, true, setup_.status_lags ? &ours_ : nullptr,
+                     prng_);
       done.extents = std::move(f.extents());
     } else {
       done.extents = {Extent{f.op().range.length(), false, false}};  // transport/ says so itself

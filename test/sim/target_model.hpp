@@ -112,6 +112,7 @@ class TargetModel {
   std::vector<std::uint64_t> corrupted_at_;
   std::vector<std::uint64_t> haunted_at_;
   std::vector<bool> was_haunted_;
+  std::vector<bool> ours_;  // written since it was opened, or about to be
 };
 
 }  // namespace nbdferry::sim
