@@ -16,8 +16,9 @@ namespace nbdferry::mirror {
 struct Limits {
   std::uint64_t copy_bytes = 256 * 1024;  // one copy operation's data, multiple of 64 KiB
   std::uint64_t copy_window_bytes =
-      8 * 1024 * 1024;                            // copies between arming and the target's answer
-  std::uint64_t probe_bytes = 1ULL << 30;         // one copy operation that expects a hole
+      8 * 1024 * 1024;                         // copies between arming and the target's answer
+  std::uint64_t bulk_bytes_min = 1024 * 1024;  // under way that nobody waits for: at least so much
+  std::uint64_t probe_bytes = 1ULL << 30;      // one copy operation that expects a hole
   std::uint64_t write_piece_bytes = 1024 * 1024;  // a mirrored write is cut into pieces
   std::uint64_t zero_piece_bytes = 32ULL * 1024 * 1024;
   std::uint64_t verify_bytes = 128 * 1024;

@@ -29,6 +29,7 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, con
       copier_(*this),
       verifier_(*this),
       switchover_(*this),
+      bulk_window_(context.config.limits.bulk_bytes_min),
       start_command_(start.command),
       mode_(start.options.mode) {
   context_.out->emplace_back(OpenTarget{});
@@ -63,6 +64,7 @@ void Migration::target_up(const TargetUp& event) {
   target_window({event.window_ops, event.window_bytes});
   in_flight_.set_alignment(std::max<std::uint64_t>(block_size_min, info_.block_min));
   link_up_ = true;
+  bulk_window_.reset();
   flushed_at_ = context_.now;
   if (!ever_up_) {
     ever_up_ = true;

@@ -15,6 +15,7 @@
 #include <unordered_map>
 
 #include "mirror/block_map.hpp"
+#include "mirror/bulk_window.hpp"
 #include "mirror/context.hpp"
 #include "mirror/copier.hpp"
 #include "mirror/flush_tracker.hpp"
@@ -153,6 +154,7 @@ class Migration {
   [[nodiscard]] bool can_queue_early(const GuestOp& op) const;
 
   void dispatch();
+  [[nodiscard]] bool has_room_for_bulk(std::uint64_t bytes) const;
   bool dispatch_mirrored();
   bool dispatch_copy();
   bool dispatch_verify();
@@ -178,6 +180,7 @@ class Migration {
   Switchover switchover_;
   std::unordered_map<OpId, ReadBack> read_backs_;
   RateMeter rate_;
+  BulkWindow bulk_window_;
 
   std::optional<CommandId> start_command_;
   std::uint64_t start_barrier_ = 0;  // guest writes that arrived up to this op end before it starts

@@ -38,6 +38,14 @@ void Migration::dispatch() {
   }
 }
 
+// Beside what the window allows: what nobody waits for stays short of it, so that what somebody
+// waits for gets through.
+bool Migration::has_room_for_bulk(std::uint64_t bytes) const {
+  const std::uint64_t under_way = in_flight_.bytes();
+  return in_flight_.has_room(bytes) &&
+         (under_way == 0 || under_way + bytes <= bulk_window_.bytes(rate_.bytes_per_second()));
+}
+
 bool Migration::dispatch_mirrored() {
   while (const MirrorEntry* e = queue_.next()) {
     const ByteRange blocks = blocks_of(e->range);
@@ -54,7 +62,7 @@ bool Migration::dispatch_mirrored() {
     }
     const bool data = e->command == Command::write || !info_.can_zero;
     const std::uint64_t bytes = data ? e->range.length() : 0;
-    if (!in_flight_.has_room(bytes)) return false;
+    if (!(e->waiter ? in_flight_.has_room(bytes) : has_room_for_bulk(bytes))) return false;
     MirrorEntry entry = queue_.take_next();
     DiskOp op;
     op.id = context_.new_op(OpKind::mirrored);
@@ -70,7 +78,8 @@ bool Migration::dispatch_mirrored() {
                     MirrorQueue::cost(entry),
                     entry.waiter,
                     entry.debt,
-                    {}});
+                    {},
+                    context_.now});
     map_->set_flag(op.range, ChunkFlag::written);
     context_.submit_target(std::move(op));
     copy_credit_ = std::min(copy_credit_max, copy_credit_ + bytes / mirrored_per_copied);
@@ -88,15 +97,15 @@ bool Migration::dispatch_copy() {
   const bool data =
       next->command == Command::write || (next->command == Command::zero && !info_.can_zero);
   const std::uint64_t bytes = data ? next->range.length() : 0;
-  if (!in_flight_.has_room(bytes)) return false;
+  if (!has_room_for_bulk(bytes)) return false;
   CopyPiece piece = copier_.take_piece();
   DiskOp op;
   op.id = context_.new_op(OpKind::copy);
   op.command = piece.command;
   op.range = piece.range;
   op.payload = std::move(piece.payload);
-  in_flight_.add(
-      {op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false, piece.copy});
+  in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false,
+                  piece.copy, context_.now});
   if (is_write(op.command)) map_->set_flag(op.range, ChunkFlag::written);
   context_.submit_target(std::move(op));
   copy_credit_ -= std::min(copy_credit_, bytes);
@@ -122,7 +131,8 @@ std::optional<OpId> Migration::flush_target() {
   op.command = Command::flush;
   flush_op_ = op.id;
   unflushed_.begin();  // what is acknowledged from now on is not covered
-  in_flight_.add({op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, false, {}});
+  in_flight_.add(
+      {op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, false, {}, context_.now});
   const OpId id = op.id;
   context_.submit_target(std::move(op));
   return id;
@@ -178,6 +188,7 @@ void Migration::target_done(TargetDone&& event) {
     errors_in_row_ = 0;
     if (wrote) {
       rate_.add(op.window_bytes);
+      if (op.window_bytes != 0) bulk_window_.answered(context_.now - op.sent_at);
       if (info_.can_flush) unflushed_.written(*map_, op.range);
     }
   } else if (event.error == IoError::lost && wrote && !NBDFERRY_MUTANT(lost_is_not_suspect)) {

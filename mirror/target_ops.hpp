@@ -23,6 +23,7 @@ struct TargetOp {
   std::optional<OpId> waiter;      // mirrored: the guest write that waits for it
   bool debt = false;               // mirrored: stands for bytes that the guest was told are written
   OpId parent{};                   // copy: the copy operation; guest: the guest's request
+  Time sent_at{0};
 };
 
 class TargetOps {
@@ -37,6 +38,7 @@ class TargetOps {
   [[nodiscard]] bool has_room(std::uint64_t bytes) const {
     return ops_.size() < ops_max_ && (bytes_ == 0 || bytes_ + bytes <= bytes_max_);
   }
+  [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
   [[nodiscard]] std::optional<OpId> conflict(ByteRange range) const;
 
   void add(TargetOp op);

@@ -28,6 +28,7 @@ void choose_limits(Setup& s, Prng& prng) {
   auto& l = s.engine.limits;
   l.copy_bytes = 64 * kib;
   l.copy_window_bytes = prng.pick({64 * kib, 64 * kib, 128 * kib, 256 * kib});
+  l.bulk_bytes_min = prng.pick({4 * kib, 64 * kib, 1024 * kib});
   l.probe_bytes = prng.pick({64 * kib, 128 * kib, 256 * kib});
   l.write_piece_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib});
   l.zero_piece_bytes = prng.pick({64 * kib, 128 * kib, 256 * kib});
