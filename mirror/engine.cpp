@@ -3,6 +3,7 @@
 #include "mirror/engine.hpp"
 
 #include <deque>
+#include <map>
 #include <optional>
 #include <variant>
 
@@ -14,7 +15,17 @@
 
 namespace nbdferry::mirror {
 
-std::string_view to_string(Mode m) { return m == Mode::async ? "async" : "sync"; }
+std::string_view to_string(Mode m) {
+  switch (m) {
+    case Mode::async:
+      return "async";
+    case Mode::sync:
+      return "sync";
+    case Mode::automatic:
+      return "auto";
+  }
+  return "unknown";
+}
 
 std::string_view to_string(Phase p) {
   switch (p) {
@@ -137,8 +148,8 @@ class EngineState {
   void on(Verify&& e) {
     with_migration(e.command, [&] { migration_->verifier().start(e.command); });
   }
-  void on(SetMode&& e) {
-    with_migration(e.command, [&] { migration_->set_mode(e.command, e.mode); });
+  void on(Set&& e) {
+    with_migration(e.command, [&] { migration_->set(e); });
   }
   void on(Prepare&& e) {
     with_switchover(e.command, [&](Switchover& s) { s.prepare(e.command); });
@@ -181,6 +192,8 @@ class EngineState {
   void run_write(GuestOp& op);
   void submit_to_source(GuestOp& op);
   void settle(OpId id);
+  [[nodiscard]] bool paced(GuestOp& op);
+  void release_paced();
   void reply(GuestOp& op);
   void switched_over();
   [[nodiscard]] bool holding() const {
@@ -191,7 +204,8 @@ class EngineState {
   Serving serving_;
   GuestOps guests_;
   Suspects suspects_;
-  std::deque<OpId> held_;  // writes that wait for the switchover's outcome, in order
+  std::multimap<Time, OpId> paced_;  // writes whose answer is held back, by when it is due
+  std::deque<OpId> held_;            // writes that wait for the switchover's outcome, in order
   std::unique_ptr<Migration> migration_;
   std::unique_ptr<Pivoted> pivoted_;
   std::optional<Start> queued_start_;
@@ -271,9 +285,34 @@ void EngineState::settle(OpId id) {
   GuestOp* op = guests_.find(id);
   if (op == nullptr || !op->source_done) return;
   const bool waits = op->waits_for_target && (op->pieces != 0 || op->readbacks != 0);
-  if (!waits && !op->replied) reply(*op);
+  if (!waits && !op->replied && !paced(*op)) reply(*op);
   if (!op->replied || op->pieces != 0 || op->readbacks != 0) return;
   for (const OpId next : guests_.remove(id)) run(*guests_.find(next));
+}
+
+// The answer of a write is due so long after its admission, at the earliest.
+bool EngineState::paced(GuestOp& op) {
+  if (!is_write(op.command) || op.result != IoError::none || !migration_) return false;
+  if (op.reply_at == Time{0}) {
+    const int factor = NBDFERRY_MUTANT(pacing_without_cap) ? 100 : 1;
+    op.reply_at = op.admitted_at + factor * migration_->pacing_delay();
+    if (op.reply_at > context_.now) {
+      ++context_.counters.paced_writes;
+      paced_.emplace(op.reply_at, op.id);
+    }
+  }
+  return op.reply_at > context_.now;
+}
+
+// Those that are due, or all when pacing is over.
+void EngineState::release_paced() {
+  const bool over = !migration_ || migration_->pacing_delay() == Duration{0};
+  while (!paced_.empty() && (over || paced_.begin()->first <= context_.now)) {
+    const OpId id = paced_.begin()->second;
+    paced_.erase(paced_.begin());
+    guests_.find(id)->reply_at = context_.now;
+    context_.settle.push_back(id);
+  }
 }
 
 void EngineState::reply(GuestOp& op) {
@@ -290,6 +329,7 @@ void EngineState::reply(GuestOp& op) {
 
 void EngineState::after_event() {
   do {
+    if (!paced_.empty()) release_paced();
     for (std::size_t i = 0; i < context_.settle.size(); ++i) settle(context_.settle[i]);
     context_.settle.clear();
     if (migration_ && serving_ == Serving::source && !migration_->ended() &&

@@ -25,8 +25,9 @@ struct Limits {
   std::uint64_t flush_bytes = 512ULL * 1024 * 1024;  // unflushed on the target: flush by then …
   Duration flush_period = std::chrono::seconds(5);   // … or after this time …
   Duration flush_period_level = std::chrono::milliseconds(500);  // … or this, with nothing stale
-  std::uint32_t target_errors_max = 16;  // in a row, then the migration fails
-  std::size_t leaves_max = SIZE_MAX;     // mixed chunks; the map has its own bound too
+  Duration auto_dwell = std::chrono::seconds(2);  // mode auto: sync lasts at least so long
+  std::uint32_t target_errors_max = 16;           // in a row, then the migration fails
+  std::size_t leaves_max = SIZE_MAX;              // mixed chunks; the map has its own bound too
 };
 
 struct EngineConfig {
@@ -60,7 +61,9 @@ struct Status {
   bool in_sync = false;
   bool holding = false;  // guest writes are held (sealed)
   std::uint64_t held_requests = 0;
-  double bytes_per_second = 0;  // what the target has been answering lately
+  double bytes_per_second = 0;      // what the target has been answering lately
+  double new_bytes_per_second = 0;  // what the guest has been adding for it
+  Duration pacing_delay{0};         // of each write of the guest's
   std::string last_error;
 };
 
@@ -77,6 +80,8 @@ struct Counters {
   std::uint64_t suspects = 0;
   std::uint64_t flush_failures = 0;
   std::uint64_t replayed_writes = 0;
+  std::uint64_t mode_changes = 0;  // by mode auto
+  std::uint64_t paced_writes = 0;
 };
 
 class EngineState;

@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -29,7 +30,8 @@ namespace nbdferry::mirror {
 
 // --- vocabulary ---
 
-enum class Mode : std::uint8_t { async, sync };
+// `automatic` is asked for; in force is always one of the others.
+enum class Mode : std::uint8_t { async, sync, automatic };
 
 enum class Phase : std::uint8_t {
   idle,
@@ -71,10 +73,13 @@ struct TargetInfo {
 };
 
 struct MigrateOptions {
-  Mode mode = Mode::async;
+  Mode mode = Mode::automatic;
   SwitchWhen switch_when = SwitchWhen::manual;
   bool skip_unreadable = false;
   std::uint64_t buffer_bytes = 64ULL * 1024 * 1024;
+  std::uint64_t bandwidth = 0;  // bytes a second to the target; 0: what it takes
+  // Most that pacing delays a write's answer; on entering sync, most that a write waits for older
+  // ones.
   Duration max_delay = std::chrono::milliseconds(50);
   Duration downtime_limit = std::chrono::milliseconds(300);
   Duration sync_timeout = std::chrono::seconds(1);
@@ -192,14 +197,19 @@ struct Abort {
 struct Unfence {
   CommandId command{};
 };  // the record says owner again: serve the source
-struct SetMode {
+// What is there is changed, in a running migration.
+struct Set {
   CommandId command{};
-  Mode mode = Mode::async;
+  std::optional<Mode> mode;
+  std::optional<std::uint64_t> bandwidth;
+  std::optional<std::uint64_t> buffer_bytes;
+  std::optional<Duration> max_delay;
+  std::optional<Duration> downtime_limit;
 };
 
 using Event = std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
                            TargetRefused, TargetClosed, RecordWritten, Tick, Start, Pause, Resume,
-                           Cancel, Verify, Prepare, Seal, Commit, Switch, Abort, Unfence, SetMode>;
+                           Cancel, Verify, Prepare, Seal, Commit, Switch, Abort, Unfence, Set>;
 
 // --- actions ---
 

@@ -45,6 +45,7 @@ struct GuestOp {
   std::uint32_t pieces = 0;       // entries queued or in flight that the reply waits for
   std::uint32_t readbacks = 0;
   Time admitted_at{0};
+  Time reply_at{0};  // paced: not answered before; 0: not decided yet
 };
 
 class GuestOps {

@@ -11,6 +11,7 @@ constexpr std::size_t leaves_base = 256 * 1024;  // about 14 MiB of leaves for a
 constexpr std::uint64_t chunks_per_leaf = 64;    // … and 14 MiB more per TiB
 constexpr Duration close_wait = std::chrono::seconds(1);
 constexpr std::uint64_t sync_entry_keep_min = 256 * 1024;
+constexpr Duration silence_max = std::chrono::milliseconds(200);
 
 }  // namespace
 
@@ -31,7 +32,9 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, con
       switchover_(*this),
       bulk_window_(context.config.limits.bulk_bytes_min),
       start_command_(start.command),
-      mode_(start.options.mode) {
+      policy_(context.config.limits.auto_dwell),
+      mode_(mode_to_be()) {
+  bandwidth_.set_rate(options_.bandwidth);
   context_.out->emplace_back(OpenTarget{});
 }
 
@@ -196,11 +199,18 @@ void Migration::cancel(CommandId command) {
   context_.done(command, true);
 }
 
-void Migration::set_mode(CommandId command, Mode mode) {
-  options_.mode = mode;
-  fallback_ = false;
-  if (switchover_.state() == Switchover::State::none) restore_mode();
-  context_.done(command, true);
+void Migration::set(const Set& event) {
+  if (event.bandwidth) bandwidth_.set_rate(options_.bandwidth = *event.bandwidth);
+  if (event.buffer_bytes) options_.buffer_bytes = *event.buffer_bytes;
+  if (event.max_delay) options_.max_delay = *event.max_delay;
+  if (event.downtime_limit) options_.downtime_limit = *event.downtime_limit;
+  if (event.mode) {
+    options_.mode = *event.mode;
+    fallback_ = false;
+    policy_.entered(mode_, context_.now);  // auto goes on from what is
+    if (switchover_.state() == Switchover::State::none) restore_mode();
+  }
+  context_.done(event.command, true);
 }
 
 // --- modes ---
@@ -223,7 +233,7 @@ void Migration::restore_mode() {
   if (fallback_) {
     enter_mode(Mode::async, "the target was too slow for sync mode; its debt has not drained");
   } else {
-    enter_mode(options_.mode, "as asked");
+    enter_mode(mode_to_be(), options_.mode == Mode::automatic ? "as before" : "as asked");
   }
 }
 
@@ -243,6 +253,7 @@ void Migration::expire_sync_waits() {
     switchover_.give_up("the target did not answer a sync write in time");
     if (mode_ == Mode::sync) {
       fallback_ = true;
+      policy_.entered(Mode::async, context_.now);
       enter_mode(Mode::async, "the target did not answer a sync write in time");
     }
   }
@@ -252,7 +263,37 @@ void Migration::leave_fallback() {
   if (!fallback_ || !no_debt()) return;
   fallback_ = false;
   if (switchover_.state() == Switchover::State::none) {
-    enter_mode(options_.mode, "the debt has drained");
+    enter_mode(mode_to_be(), "the debt has drained");
+  }
+}
+
+double Migration::buffer_used() const {
+  const std::uint64_t held = queue_.storage_bytes() + in_flight_.buffer_bytes();
+  return static_cast<double>(held) / static_cast<double>(options_.buffer_bytes);
+}
+
+// Which mode, and how much pacing.
+void Migration::steer() {
+  const bool free = mirroring() && switchover_.state() == Switchover::State::none && !fallback_;
+  const bool overflowed = std::exchange(overflowed_, false);
+  if (!free) {
+    pacer_.stop();
+    return;
+  }
+  if (options_.mode == Mode::automatic) {
+    const bool answers = in_flight_.empty() || context_.now - answered_at_ < silence_max;
+    const bool caught_up = queue_.debts() == 0 && in_flight_.debts() == 0;
+    const auto change =
+        policy_.decide(context_.now, {buffer_used(), overflowed, answers, caught_up});
+    if (change) {
+      ++context_.counters.mode_changes;
+      enter_mode(change->mode, change->reason);
+    }
+  }
+  if (mode_ == Mode::async) {
+    pacer_.tick(context_.now, buffer_used(), options_.max_delay);
+  } else {
+    pacer_.stop();
   }
 }
 
@@ -271,8 +312,10 @@ void Migration::tick() {
   expire_suspects();
   if (!ended_) {
     rate_.tick(context_.now, !queue_.empty() || copier_.active());
+    new_debt_.tick(context_.now, true);
     expire_sync_waits();
     leave_fallback();
+    steer();
     switchover_.tick();
     copier_.poke();
   }
@@ -290,6 +333,7 @@ void Migration::try_to_start() {
 
 void Migration::pump() {
   if (!ended_) {
+    bandwidth_.refill(context_.now);
     try_to_start();
     if (mirroring() && !holds_writes() && context_.now >= retry_at_) copier_.start_copies();
     // Flushes first: writes would take each place in the window as it becomes free.
@@ -314,7 +358,8 @@ bool Migration::no_debt() const {
   if (queue_.debts() != 0 || in_flight_.debts() != 0) return false;
   for (const auto& [id, rb] : read_backs_) {
     const GuestOp* op = guests_.find(rb.guest);
-    if (op != nullptr && op->replied) return false;
+    // Answered, or about to be whatever the target does: pacing only puts it off.
+    if (op != nullptr && (op->replied || !op->waits_for_target)) return false;
   }
   return true;
 }
@@ -328,8 +373,9 @@ void Migration::update_in_sync() {
       stale_bytes() + map_->armed_bytes() + queue_.bytes() + in_flight_.buffer_bytes();
   const double drain =
       rate_.bytes_per_second() * std::chrono::duration<double>(options_.downtime_limit).count();
-  // Twice as much ends it as began it: the phase does not flutter.
-  const double limit = in_sync_ ? 2 * drain : drain;
+  // A tenth of the downtime limit begins it, so that "in sync" does not mean that a fast path still has
+  // much to carry; all of it ends it, so that the phase does not flutter.
+  const double limit = in_sync_ ? drain : drain / 10;
   const bool readable = options_.skip_unreadable || copier_.unreadable_bytes() == 0;
   in_sync_ = readable && suspects_.empty() && (no_debt() || static_cast<double>(debt) <= limit);
 }
@@ -377,6 +423,8 @@ void Migration::report(Status& s) const {
   s.in_sync = in_sync_ && !ended_;
   s.holding = holds_writes();
   s.bytes_per_second = rate_.bytes_per_second();
+  s.new_bytes_per_second = new_debt_.bytes_per_second();
+  s.pacing_delay = pacing_delay();
   s.last_error = last_error_;
 }
 

@@ -21,10 +21,13 @@
 #include "mirror/flush_tracker.hpp"
 #include "mirror/guest_ops.hpp"
 #include "mirror/mirror_queue.hpp"
+#include "mirror/mode_policy.hpp"
+#include "mirror/pacer.hpp"
 #include "mirror/rate_meter.hpp"
 #include "mirror/suspects.hpp"
 #include "mirror/switchover.hpp"
 #include "mirror/target_ops.hpp"
+#include "mirror/token_bucket.hpp"
 #include "mirror/verifier.hpp"
 
 namespace nbdferry::mirror {
@@ -62,7 +65,7 @@ class Migration {
   void pause(CommandId command);
   void resume(CommandId command);
   void cancel(CommandId command);
-  void set_mode(CommandId command, Mode mode);
+  void set(const Set& event);
   [[nodiscard]] Switchover& switchover() { return switchover_; }
   [[nodiscard]] Verifier& verifier() { return verifier_; }
 
@@ -73,6 +76,7 @@ class Migration {
   [[nodiscard]] bool in_sync() const { return in_sync_; }
   [[nodiscard]] bool link_up() const { return link_up_; }
   [[nodiscard]] bool paused() const { return paused_; }
+  [[nodiscard]] Duration pacing_delay() const { return ended_ ? Duration{0} : pacer_.delay(); }
   // Why the target was refused since the switchover was decided, if it was.
   [[nodiscard]] const std::optional<std::string>& refused() const { return refused_; }
   [[nodiscard]] const TargetInfo& info() const { return info_; }
@@ -141,6 +145,12 @@ class Migration {
   void expire_suspects();
   void expire_sync_waits();
   void leave_fallback();
+  // What the buffer holds, as a part of what it may hold.
+  [[nodiscard]] double buffer_used() const;
+  [[nodiscard]] Mode mode_to_be() const {
+    return options_.mode == Mode::automatic ? policy_.mode() : options_.mode;
+  }
+  void steer();
   void update_in_sync();
   void close_when_drained();
 
@@ -180,7 +190,9 @@ class Migration {
   Switchover switchover_;
   std::unordered_map<OpId, ReadBack> read_backs_;
   RateMeter rate_;
+  RateMeter new_debt_;  // what the guest adds
   BulkWindow bulk_window_;
+  TokenBucket bandwidth_;
 
   std::optional<CommandId> start_command_;
   std::uint64_t start_barrier_ = 0;  // guest writes that arrived up to this op end before it starts
@@ -195,6 +207,10 @@ class Migration {
   bool close_sent_ = false;
   Time ended_at_{0};
 
+  ModePolicy policy_;
+  Pacer pacer_;
+  bool overflowed_ = false;  // since the policy was asked last
+  Time answered_at_{0};      // the target's last answer
   Mode mode_;
   bool fallback_ = false;  // async for now, because a sync write timed out
   std::string mode_reason_ = "as asked";

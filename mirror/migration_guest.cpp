@@ -155,8 +155,10 @@ void Migration::push_piece(GuestOp& op, MirrorEntry entry) {
     }
     return;
   }
+  new_debt_.add(entry.command == Command::write ? entry.range.length() : 0);
   if (!op.waits_for_target && full(entry)) {
     if (map_->armed_bytes() > 0) ++context_.counters.overflow_during_copy;
+    overflowed_ = true;
     mark_stale(blocks_of(entry.range), "the buffer is full");
     return;
   }

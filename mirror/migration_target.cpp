@@ -63,6 +63,7 @@ bool Migration::dispatch_mirrored() {
     const bool data = e->command == Command::write || !info_.can_zero;
     const std::uint64_t bytes = data ? e->range.length() : 0;
     if (!(e->waiter ? in_flight_.has_room(bytes) : has_room_for_bulk(bytes))) return false;
+    if (bytes != 0 && !bandwidth_.may_send()) return false;
     MirrorEntry entry = queue_.take_next();
     DiskOp op;
     op.id = context_.new_op(OpKind::mirrored);
@@ -82,6 +83,7 @@ bool Migration::dispatch_mirrored() {
                     context_.now});
     map_->set_flag(op.range, ChunkFlag::written);
     context_.submit_target(std::move(op));
+    bandwidth_.sent(bytes);
     copy_credit_ = std::min(copy_credit_max, copy_credit_ + bytes / mirrored_per_copied);
     return true;
   }
@@ -97,7 +99,7 @@ bool Migration::dispatch_copy() {
   const bool data =
       next->command == Command::write || (next->command == Command::zero && !info_.can_zero);
   const std::uint64_t bytes = data ? next->range.length() : 0;
-  if (!has_room_for_bulk(bytes)) return false;
+  if (!has_room_for_bulk(bytes) || (bytes != 0 && !bandwidth_.may_send())) return false;
   CopyPiece piece = copier_.take_piece();
   DiskOp op;
   op.id = context_.new_op(OpKind::copy);
@@ -108,6 +110,7 @@ bool Migration::dispatch_copy() {
                   piece.copy, context_.now});
   if (is_write(op.command)) map_->set_flag(op.range, ChunkFlag::written);
   context_.submit_target(std::move(op));
+  bandwidth_.sent(bytes);
   copy_credit_ -= std::min(copy_credit_, bytes);
   return true;
 }
@@ -183,6 +186,7 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
 void Migration::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
   queue_.unpark(op.id);
+  answered_at_ = context_.now;
   const bool wrote = is_write(op.command);
   if (event.error == IoError::none) {
     errors_in_row_ = 0;

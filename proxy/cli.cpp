@@ -33,7 +33,8 @@ CLI::Option* add_size(CLI::App& app, const std::string& name, const std::string&
       ->type_name("SIZE");
 }
 
-void add_time(CLI::App& app, const std::string& name, const std::string& help, Duration& target) {
+template <class Time>  // Duration, or an optional one
+void add_time(CLI::App& app, const std::string& name, const std::string& help, Time& target) {
   app.add_option_function<std::string>(
          name,
          [name, &target](const std::string& text) {
@@ -69,7 +70,8 @@ CLI::Option* add_choice(CLI::App& app, const std::string& name, const std::strin
 }
 
 const std::map<std::string, mirror::Mode> modes{{"async", mirror::Mode::async},
-                                                {"sync", mirror::Mode::sync}};
+                                                {"sync", mirror::Mode::sync},
+                                                {"auto", mirror::Mode::automatic}};
 
 // "HOST:PORT", or "[ADDRESS]:PORT" for IPv6.
 ListenAddress parse_address(const std::string& text) {
@@ -93,6 +95,7 @@ struct Parsed {
   ClientCommand client;
   MigrateCommand migrate;
   StatusCommand status;
+  mirror::Set changes;
   Verb verb{};
 };
 
@@ -149,14 +152,16 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
                  "Connections to the target (default: chosen)")
       ->type_name("N");
   add_choice<mirror::Mode>(app, "--mode",
-                           "When guest writes are answered: after the source (async, the default) "
-                           "or after both sides (sync)",
+                           "When guest writes are answered: after the source (async), after both "
+                           "sides (sync), or as the target keeps up (auto, the default)",
                            modes, [&options](mirror::Mode mode) { options.mode = mode; });
   add_size(app, "--buffer", "Memory for mirrored writes on their way (default: 64M)",
            [&options](std::uint64_t size) { options.buffer_bytes = size; });
+  add_size(app, "--bandwidth", "Most bytes a second to the target (default: what it takes)",
+           [&options](std::uint64_t rate) { options.bandwidth = rate; });
   add_time(app, "--max-delay",
-           "On entering sync: most that a write waits for older ones "
-           "(default: 50ms)",
+           "Most that a guest's write is delayed so that the target keeps up; on entering sync, "
+           "most that it waits for older ones (default: 50ms; 0ms: never)",
            options.max_delay);
   add_time(app, "--downtime-limit",
            "Longest hold of guest writes at the switchover (default: 300ms). It also says when "
@@ -223,12 +228,19 @@ void define_others(CLI::App& root, Parsed& parsed) {
   add("verify", "Compare source and target block by block, heal differences, report", Verb::verify);
   add("unfence", "Serve a retired disk again: only if the target does not own it", Verb::unfence);
   CLI::App& set = define_client(root, parsed, "set", "Change a running migration");
+  mirror::Set& changes = parsed.changes;
   add_choice<mirror::Mode>(set, "--mode", "When guest writes are answered", modes,
-                           [&parsed](mirror::Mode mode) {
-                             parsed.verb = mode == mirror::Mode::sync ? Verb::set_mode_sync
-                                                                      : Verb::set_mode_async;
-                           })
-      ->required();
+                           [&changes](mirror::Mode mode) { changes.mode = mode; });
+  add_size(set, "--bandwidth", "Most bytes a second to the target; 0: what it takes",
+           [&changes](std::uint64_t rate) { changes.bandwidth = rate; });
+  add_size(set, "--buffer", "Memory for mirrored writes on their way",
+           [&changes](std::uint64_t size) { changes.buffer_bytes = size; });
+  add_time(set, "--max-delay", "Most that a guest's write is delayed", changes.max_delay);
+  add_time(set, "--downtime-limit", "Longest hold of guest writes at the switchover",
+           changes.downtime_limit);
+  set.callback([&set] {
+    if (set.count_all() < 3) throw CLI::ValidationError("set", "nothing to change: name an option");
+  });
 }
 
 CommandLine usage_error(const std::string& text) {
@@ -253,6 +265,8 @@ CommandLine result(const CLI::App& root, Parsed& parsed) {
     parsed.client.action = parsed.migrate;
   } else if (name == "status") {
     parsed.client.action = parsed.status;
+  } else if (name == "set") {
+    parsed.client.action = parsed.changes;
   } else {
     parsed.client.action = parsed.verb;
   }

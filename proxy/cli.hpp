@@ -39,7 +39,7 @@ struct ClientCommand {
   std::string name;  // "migrate", for messages
   std::string control;
   std::optional<std::string> export_name;
-  std::variant<MigrateCommand, StatusCommand, Verb> action;
+  std::variant<MigrateCommand, StatusCommand, mirror::Set, Verb> action;
 };
 
 // Nothing to carry out: help, version, or wrong usage (exit code 2).

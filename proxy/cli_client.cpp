@@ -145,6 +145,8 @@ void run(ControlClient& client, const StatusCommand& command) {
   }
 }
 
+void run(ControlClient& client, const mirror::Set& changes) { client.set(changes); }
+
 void run(ControlClient& client, Verb verb) {
   const std::string message = client.command(verb);
   if (!message.empty()) fmt::print("{}\n", message);

@@ -31,16 +31,19 @@ constexpr std::array<TimeField, 6> time_fields{{
 }};
 constexpr std::int64_t time_max_ms = std::int64_t{24} * 3600 * 1000;
 constexpr std::uint64_t buffer_bytes_min = 64 * 1024;
+constexpr std::uint64_t bandwidth_min = 64 * 1024;
 constexpr std::uint64_t buffer_bytes_max = std::uint64_t{1} << 40;
 
-constexpr std::array<std::pair<const char*, mirror::Mode>, 2> modes{
-    {{"async", mirror::Mode::async}, {"sync", mirror::Mode::sync}}};
+constexpr std::array<std::pair<const char*, mirror::Mode>, 3> modes{
+    {{"async", mirror::Mode::async},
+     {"sync", mirror::Mode::sync},
+     {"auto", mirror::Mode::automatic}}};
 constexpr std::array<std::pair<const char*, mirror::SwitchWhen>, 3> switch_times{
     {{"manual", mirror::SwitchWhen::manual},
      {"pivot", mirror::SwitchWhen::pivot},
      {"release", mirror::SwitchWhen::release}}};
 
-constexpr std::array<std::pair<Verb, ControlCall>, 15> calls{{
+constexpr std::array<std::pair<Verb, ControlCall>, 13> calls{{
     {Verb::pause, {"/pause"}},
     {Verb::resume, {"/resume"}},
     {Verb::cancel, {"/cancel"}},
@@ -54,8 +57,6 @@ constexpr std::array<std::pair<Verb, ControlCall>, 15> calls{{
     {Verb::switch_pivot, {"/switch", "action", "pivot"}},
     {Verb::switch_release, {"/switch", "action", "release"}},
     {Verb::abort, {"/switch", "action", "abort"}},
-    {Verb::set_mode_async, {"/set", "mode", "async"}},
-    {Verb::set_mode_sync, {"/set", "mode", "sync"}},
 }};
 
 [[noreturn]] void refuse(std::string_view field, std::string_view why) {
@@ -103,6 +104,15 @@ std::vector<std::string> read_uris(const json::value& value) {
   return {std::string(*uri)};
 }
 
+// Too little is a mistake in the unit rather than a wish.
+std::uint64_t read_bandwidth(const json::value& value, std::string_view field) {
+  const std::uint64_t rate = read_number(value, field, 0, buffer_bytes_max);
+  if (rate != 0 && rate < bandwidth_min) {
+    refuse(field, fmt::format("must be 0 (no limit) or at least {}", bandwidth_min));
+  }
+  return rate;
+}
+
 void read_field(MigrateRequest& request, std::string_view field, const json::value& value) {
   MigrateOptions& options = request.options;
   const auto time = std::find_if(time_fields.begin(), time_fields.end(),
@@ -121,6 +131,8 @@ void read_field(MigrateRequest& request, std::string_view field, const json::val
     options.switch_when = read_name(value, field, switch_times);
   } else if (field == "buffer_bytes") {
     options.buffer_bytes = read_number(value, field, buffer_bytes_min, buffer_bytes_max);
+  } else if (field == "bandwidth_bytes_per_second") {
+    options.bandwidth = read_bandwidth(value, field);
   } else if (field == "skip_unreadable") {
     if (!value.is_bool()) refuse(field, "must be true or false");
     options.skip_unreadable = value.get_bool();
@@ -137,6 +149,7 @@ json::object migrate_to_json(const MigrateRequest& request) {
                  {"mode", name_of(options.mode, modes)},
                  {"switch", name_of(options.switch_when, switch_times)},
                  {"buffer_bytes", options.buffer_bytes},
+                 {"bandwidth_bytes_per_second", options.bandwidth},
                  {"skip_unreadable", options.skip_unreadable}};
   o["uris"] = json::array(request.uris.begin(), request.uris.end());
   for (const TimeField& time : time_fields) {
@@ -152,6 +165,41 @@ MigrateRequest migrate_from_json(const json::object& body) {
     read_field(request, {field.data(), field.size()}, value);
   }
   if (request.uris.empty()) refuse("uris", "is missing: where should the disk go?");
+  return request;
+}
+
+json::object set_to_json(const mirror::Set& request) {
+  const auto ms = [](Duration time) {
+    return std::chrono::duration_cast<std::chrono::milliseconds>(time).count();
+  };
+  json::object o;
+  if (request.mode) o["mode"] = name_of(*request.mode, modes);
+  if (request.bandwidth) o["bandwidth_bytes_per_second"] = *request.bandwidth;
+  if (request.buffer_bytes) o["buffer_bytes"] = *request.buffer_bytes;
+  if (request.max_delay) o["max_delay_ms"] = ms(*request.max_delay);
+  if (request.downtime_limit) o["downtime_limit_ms"] = ms(*request.downtime_limit);
+  return o;
+}
+
+mirror::Set set_from_json(const json::object& body) {
+  mirror::Set request;
+  // The bounds are those of a migration's start.
+  MigrateRequest as_migration;
+  MigrateOptions& options = as_migration.options;
+  for (const auto& [key, value] : body) {
+    const std::string_view field(key.data(), key.size());
+    if (field == "export") continue;
+    if (field != "mode" && field != "bandwidth_bytes_per_second" && field != "buffer_bytes" &&
+        field != "max_delay_ms" && field != "downtime_limit_ms") {
+      refuse(field, "cannot be changed in a running migration");
+    }
+    read_field(as_migration, field, value);
+    if (field == "mode") request.mode = options.mode;
+    if (field == "bandwidth_bytes_per_second") request.bandwidth = options.bandwidth;
+    if (field == "buffer_bytes") request.buffer_bytes = options.buffer_bytes;
+    if (field == "max_delay_ms") request.max_delay = options.max_delay;
+    if (field == "downtime_limit_ms") request.downtime_limit = options.downtime_limit;
+  }
   return request;
 }
 

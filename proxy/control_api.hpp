@@ -4,7 +4,7 @@
 //   GET  /status                      the export's status (status_json.hpp)
 //   POST /migrate {"uris":[…], …}     start a migration
 //   POST /switch  {"action":"…"}      pivot release prepare seal commit-pivot commit-release abort
-//   POST /set     {"mode":"…"}        async sync
+//   POST /set     {"mode":"…", …}     change a running migration
 //   POST /pause /resume /cancel /verify /promote /unfence
 //
 // Every body is a JSON object; unknown fields are refused, never ignored. Where a process serves
@@ -27,6 +27,10 @@ inline constexpr unsigned connections_max = 64;  // of one migration's path
 
 // "export" is not looked at. Throws std::invalid_argument: what is wrong with which field.
 [[nodiscard]] MigrateRequest migrate_from_json(const boost::json::object& body);
+
+// The same for what is changed in a running migration.
+[[nodiscard]] boost::json::object set_to_json(const mirror::Set& request);
+[[nodiscard]] mirror::Set set_from_json(const boost::json::object& body);
 
 struct ControlCall {
   const char* path;             // "/switch"

@@ -130,6 +130,10 @@ ExportStatus ControlClient::status() {
   }
 }
 
+std::string ControlClient::set(const mirror::Set& request) {
+  return post("/set", set_to_json(request), std::nullopt);
+}
+
 std::string ControlClient::migrate(const MigrateRequest& request) {
   return post("/migrate", migrate_to_json(request), std::nullopt);
 }

@@ -31,6 +31,7 @@ class ControlClient {
   [[nodiscard]] ExportStatus status();
   [[nodiscard]] std::string status_text();  // the JSON as the server sent it
   std::string migrate(const MigrateRequest& request);
+  std::string set(const mirror::Set& request);
   std::string command(Verb verb);  // waits until the command has ended, however long
 
  private:

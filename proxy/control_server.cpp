@@ -204,6 +204,11 @@ asio::awaitable<Answer> ControlServer::State::post(const RequestTarget& target,
     Export* const disk = find(name);
     if (disk == nullptr) co_return error_answer(http::status::not_found, "no such export");
     disk->migrate(std::move(request), outcome_handler(outcome));
+  } else if (target.path == "/set") {
+    mirror::Set request = set_from_json(body);
+    Export* const disk = find(name);
+    if (disk == nullptr) co_return error_answer(http::status::not_found, "no such export");
+    disk->set(request, outcome_handler(outcome));
   } else {
     const std::optional<Verb> verb = verb_of(target.path, body);
     if (!verb) co_return error_answer(http::status::not_found, "no such command");

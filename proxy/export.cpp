@@ -349,6 +349,11 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
   post(mirror::Start{remember(std::move(done)), request_.options});
 }
 
+void ExportImpl::set(mirror::Set request, CommandHandler done) {
+  request.command = remember(std::move(done));
+  post(std::move(request));
+}
+
 void ExportImpl::command(Verb verb, CommandHandler done) {
   using mirror::SwitchKind;
   if (verb == Verb::promote) {
@@ -393,12 +398,6 @@ void ExportImpl::command(Verb verb, CommandHandler done) {
       break;
     case Verb::abort:
       post(mirror::Abort{id});
-      break;
-    case Verb::set_mode_async:
-      post(mirror::SetMode{id, mirror::Mode::async});
-      break;
-    case Verb::set_mode_sync:
-      post(mirror::SetMode{id, mirror::Mode::sync});
       break;
     case Verb::promote:
     case Verb::unfence:

@@ -75,8 +75,6 @@ enum class Verb : std::uint8_t {
   abort,
   promote,
   unfence,
-  set_mode_async,
-  set_mode_sync,
 };
 
 class Export : public Front {
@@ -85,6 +83,7 @@ class Export : public Front {
   static std::unique_ptr<Export> open(boost::asio::io_context& io, const ExportOptions& options);
 
   virtual void migrate(MigrateRequest request, CommandHandler done) = 0;
+  virtual void set(mirror::Set request, CommandHandler done) = 0;
   virtual void command(Verb verb, CommandHandler done) = 0;
   [[nodiscard]] virtual ExportStatus status() const = 0;
 

@@ -39,6 +39,7 @@ class ExportImpl final : public Export {
 
   // Export
   void migrate(MigrateRequest request, CommandHandler done) override;
+  void set(mirror::Set request, CommandHandler done) override;
   void command(Verb verb, CommandHandler done) override;
   ExportStatus status() const override;
   void stop(std::function<void(std::string)> done) override;

@@ -53,6 +53,8 @@ ExportStatus ExportImpl::status() const {
   s.guest_read_iops = rates.read_iops;
   s.guest_write_iops = rates.write_iops;
   s.guest_write_bytes_per_second = rates.write_bytes_per_second;
+  s.guest_delay_us = static_cast<std::uint64_t>(
+      std::chrono::duration_cast<std::chrono::microseconds>(s.core.pacing_delay).count());
   s.guest_connections = static_cast<std::uint32_t>(sessions_.size());
   const std::uint64_t debt = debt_bytes(s.core);
   if (s.core.phase == mirror::Phase::copying && progress_ > 1) {

@@ -141,6 +141,7 @@ json::object status_to_json(const ExportStatus& status) {
   o["debt_bytes"] = debt_bytes(core);
   write_fields(o, core_flags, core);
   o["bytes_per_second"] = core.bytes_per_second;
+  o["new_bytes_per_second"] = core.new_bytes_per_second;
   o["quarantine_seconds"] = seconds_of(core.quarantine_left);
   o["eta_seconds"] = status.eta_seconds ? json::value(*status.eta_seconds) : json::value(nullptr);
   json::array paths;
@@ -163,12 +164,13 @@ ExportStatus status_from_json(const json::object& o) {
       read_enum(o, "phase", mirror::Phase::cancelled, [](mirror::Phase p) { return to_string(p); });
   const auto mode_name = [](mirror::Mode m) { return to_string(m); };
   core.mode = read_enum(o, "mode", mirror::Mode::sync, mode_name);
-  core.mode_wanted = read_enum(o, "mode_wanted", mirror::Mode::sync, mode_name);
+  core.mode_wanted = read_enum(o, "mode_wanted", mirror::Mode::automatic, mode_name);
   core.mode_reason = read<std::string>(o, "mode_reason");
   core.serving = read_enum(o, "serving", mirror::Serving::nobody, serving_name);
   read_fields(o, core_numbers, core);
   read_fields(o, core_flags, core);
   core.bytes_per_second = read<double>(o, "bytes_per_second");
+  core.new_bytes_per_second = read<double>(o, "new_bytes_per_second");
   core.quarantine_left = from_seconds(read<double>(o, "quarantine_seconds"));
   if (!at(o, "eta_seconds").is_null()) status.eta_seconds = read<double>(o, "eta_seconds");
   for (const json::value& path : read<json::array>(o, "paths")) {

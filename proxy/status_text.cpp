@@ -79,9 +79,13 @@ std::string status_to_text(const ExportStatus& status) {
               plural(path.connections), size(path.sent_bytes),
               path.rtt_us == 0 ? "" : fmt::format(", {} us", path.rtt_us));
   }
-  lines.add("guest", "{} connection{}, {:.0f} writes/s ({}), {:.0f} reads/s",
+  lines.add("guest", "{} connection{}, {:.0f} writes/s ({}), {:.0f} reads/s{}",
             status.guest_connections, plural(status.guest_connections), status.guest_write_iops,
-            format_rate(status.guest_write_bytes_per_second), status.guest_read_iops);
+            format_rate(status.guest_write_bytes_per_second), status.guest_read_iops,
+            status.guest_delay_us == 0
+                ? ""
+                : fmt::format(", each write delayed by {:.1f} ms, so that the target keeps up",
+                              static_cast<double>(status.guest_delay_us) / 1000));
   if (!status.verdict.empty()) lines.add("verdict", "{}", status.verdict);
   if (!core.last_error.empty()) lines.add("error", "{}", core.last_error);
   return std::move(lines).take();

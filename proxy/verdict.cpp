@@ -5,10 +5,14 @@
 
 #include <fmt/format.h>
 
+#include "proxy/units.hpp"
+
 namespace nbdferry::proxy {
 namespace {
 
 using mirror::Phase;
+
+constexpr double keeps_up = 0.9;  // of what the target takes, the guest may add so much
 
 double quarantine_seconds(const mirror::Status& core) {
   return std::ceil(std::chrono::duration<double>(core.quarantine_left).count());
@@ -21,8 +25,15 @@ std::string copying(const ExportStatus& status) {
         "waiting {:.0f} s more for writes that were lost with a connection and may still arrive",
         quarantine_seconds(core));
   }
-  return status.eta_seconds ? fmt::format("copying: about {:.0f} s left", *status.eta_seconds)
-                            : "copying";
+  if (status.eta_seconds) return fmt::format("copying: about {:.0f} s left", *status.eta_seconds);
+  // Nothing gets less: then it matters what comes and what goes.
+  if (core.bytes_per_second > 0 && core.new_bytes_per_second > keeps_up * core.bytes_per_second) {
+    return fmt::format(
+        "does not converge: the guest writes {}/s for the target, which takes {}/s; mode auto or "
+        "sync, a higher --max-delay or a faster path would help",
+        format_size(core.new_bytes_per_second), format_size(core.bytes_per_second));
+  }
+  return "copying";
 }
 
 std::string cancelled(const mirror::Status& core) {

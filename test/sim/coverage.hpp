@@ -39,6 +39,8 @@ enum class Case : unsigned {
   refused_during_commit,
   refused_after_pivot,
   sync_beyond_window,
+  mode_changed,
+  paced_write,
   count,
 };
 
@@ -73,6 +75,8 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "refused_during_commit",
     "refused_after_pivot",
     "sync_beyond_window",
+    "mode_changed",
+    "paced_write",
 };
 
 // Plain data: lives in memory shared with the worker processes.

@@ -228,7 +228,8 @@ void Driver::guest() {
 // ---------------------------------------------------------------------------------
 
 void Driver::start() {
-  const MigrateOptions options = make_options(w_.setup(), prng_);
+  MigrateOptions options = make_options(w_.setup(), prng_);
+  if (finishing_) options.bandwidth = 0;
   const Phase phase = w_.status().phase;
   const bool accepted =
       w_.serving() == Serving::source && (phase == Phase::idle || phase == Phase::failed ||
@@ -274,15 +275,21 @@ void Driver::any_command() {
       w_.command(Abort{});
       break;
     case 9:
-      w_.command(SetMode{{}, Mode::sync});
-      break;
     case 10:
-      w_.command(SetMode{{}, Mode::async});
+      change();
       break;
     default:
       if (w_.serving() != Serving::target) w_.command(Unfence{});
       break;
   }
+}
+
+// Of a running migration: mostly its mode.
+void Driver::change() {
+  Set set;
+  set.mode = prng_.pick({Mode::sync, Mode::async, Mode::automatic});
+  if (prng_.chance(1, 4)) set.bandwidth = prng_.pick({0U, 65536U, 8U << 20});
+  w_.command(std::move(set));
 }
 
 void Driver::operate() {
@@ -303,7 +310,7 @@ void Driver::operate() {
     case Phase::interrupted:
       if (dice == 0) w_.command(Pause{});
       if (dice == 1 && prng_.chance(1, 2)) w_.command(Cancel{});
-      if (dice >= 8) w_.command(SetMode{{}, dice == 8 ? Mode::sync : Mode::async});
+      if (dice >= 8) change();
       break;
     case Phase::paused:
       if (dice < 6) w_.command(Resume{});
@@ -311,7 +318,7 @@ void Driver::operate() {
     case Phase::in_sync:
       if (dice < 3) w_.command(Prepare{});
       if (dice == 3) w_.command(Switch{{}, kind});
-      if (dice == 4) w_.command(SetMode{{}, prng_.chance(1, 2) ? Mode::sync : Mode::async});
+      if (dice == 4) change();
       if (dice == 6 && w_.setup().corruption) w_.target().corrupt();
       if (dice == 5 || (dice == 6 && w_.setup().corruption)) w_.command(Verify{});
       if (dice == 7 && prng_.chance(1, 4)) w_.command(Cancel{});

@@ -21,6 +21,7 @@ class Driver {
   void guest();
   [[nodiscard]] ByteRange guest_range(bool large);
   void operate();
+  void change();
   void start();
   void any_command();
   void complete_source();

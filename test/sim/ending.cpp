@@ -97,6 +97,10 @@ void Driver::find_corruption() {
 }
 
 void Driver::finish_source() {
+  // A limit of ours is no obstacle of the world's.
+  Set unlimited;
+  unlimited.bandwidth = 0;
+  w_.command(std::move(unlimited));
   level();
   if (w_.serving() == Serving::source && w_.setup().corruption) find_corruption();
   // By --switch it may already be under way; else it is ours to do.

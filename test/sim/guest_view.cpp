@@ -145,7 +145,8 @@ void GuestView::check_delays(Time now) const {
   for (const auto& r : open_) {
     if (!r.done) continue;
     const Time due =
-        std::max(r.done_at, r.submitted_at + setup_.sync_timeout) + 2 * setup_.tick_period;
+        std::max(r.done_at, r.submitted_at + std::max(setup_.sync_timeout, max_delay_)) +
+        2 * setup_.tick_period;
     require(now <= due, "guest #{}: not answered {} us after its source (rule 1)",
             static_cast<std::uint64_t>(r.id),
             std::chrono::duration_cast<std::chrono::microseconds>(now - r.done_at).count());

@@ -63,6 +63,9 @@ class GuestView {
   [[nodiscard]] std::uint64_t open_write_bytes(std::uint64_t align) const;
   [[nodiscard]] Oracle& oracle() { return oracle_; }
 
+  // Of the present migration: what pacing may take.
+  void set_max_delay(Duration d) { max_delay_ = d; }
+
  private:
   void judge_success(const Request& r, const mirror::Reply& reply, const Authority& authority,
                      std::uint64_t event);
@@ -80,6 +83,7 @@ class GuestView {
   std::vector<DiskFailure> failures_;
   std::vector<RequestId> submitted_now_;  // in the current event
   RequestId done_now_{};                  // a write whose source answered well in the current event
+  Duration max_delay_{0};
 };
 
 }  // namespace nbdferry::sim

@@ -36,6 +36,7 @@ void choose_limits(Setup& s, Prng& prng) {
   l.flush_bytes = prng.pick({16 * kib, 64 * kib, 1024 * kib});
   l.flush_period = std::chrono::milliseconds(prng.pick({5, 20, 100, 1000}));
   l.flush_period_level = l.flush_period;
+  l.auto_dwell = std::chrono::milliseconds(prng.pick({1, 5, 50}));
   l.target_errors_max = prng.pick({2U, 4U, 16U});
   // No piece is smaller than what the target can write.
   l.write_piece_bytes = std::max<std::uint64_t>(l.write_piece_bytes, s.target.block_min);
@@ -78,6 +79,7 @@ Setup make_setup(Prng& prng) {
   s.small_writes = prng.chance(1, 2);
   s.source_errors = prng.chance(1, 4);
   s.target_errors = prng.chance(1, 4);
+  s.flush_errors = prng.chance(1, 8);
   s.unreadable = prng.chance(1, 8);
   s.stays_unreadable = s.unreadable && prng.chance(1, 2);
   s.status_lags = prng.chance(1, 4);
@@ -97,7 +99,9 @@ Setup make_setup(Prng& prng) {
 
 mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   mirror::MigrateOptions o;
-  o.mode = prng.chance(1, 2) ? mirror::Mode::async : mirror::Mode::sync;
+  o.mode = prng.pick({mirror::Mode::async, mirror::Mode::sync, mirror::Mode::automatic});
+  // In peace all of it is drained, whatever the rate.
+  if (prng.chance(1, 8)) o.bandwidth = prng.pick({1U << 20, 8U << 20});
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
   if (prng.chance(1, 6) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
   o.skip_unreadable = s.stays_unreadable || prng.chance(1, 4);

@@ -27,6 +27,7 @@ struct Setup {
   bool small_writes = false;        // below a block, where the promise to the guest allows
   bool source_errors = false;
   bool target_errors = false;
+  bool flush_errors = false;      // of the target, often
   bool unreadable = false;        // sticky unreadable sectors
   bool stays_unreadable = false;  // to the very end; every migration leaves them out
   bool status_lags = false;       // block status does not see what was not flushed

@@ -109,6 +109,9 @@ void TargetModel::submit(mirror::DiskOp&& op) {
     error = prng_.pick({IoError::io, IoError::no_space, IoError::invalid});
     inert = prng_.chance(1, 3);
   }
+  if (!healthy_ && setup_.flush_errors && op.command == Command::flush && prng_.chance(1, 3)) {
+    error = IoError::io;
+  }
   bytes_in_flight_ += window_cost(op);
   if (is_write(op.command)) {
     for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u)

@@ -65,8 +65,10 @@ struct EventText {
   }
   S operator()(const mirror::Abort& e) const { return command(e.command, "abort"); }
   S operator()(const mirror::Unfence& e) const { return command(e.command, "unfence"); }
-  S operator()(const mirror::SetMode& e) const {
-    return fmt::format("operator {}: mode {}", number(e.command), to_string(e.mode));
+  S operator()(const mirror::Set& e) const {
+    return fmt::format("operator {}: set{}{}", number(e.command),
+                       e.mode ? " mode " + std::string(to_string(*e.mode)) : "",
+                       e.buffer_bytes ? fmt::format(" buffer {}", *e.buffer_bytes) : "");
   }
   static S command(CommandId id, std::string_view what) {
     return fmt::format("operator {}: {}", number(id), what);

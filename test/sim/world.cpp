@@ -105,6 +105,7 @@ void World::heal() {
 
 void World::note_start(const MigrateOptions& options) {
   buffer_bytes_ = options.buffer_bytes;
+  guest_.set_max_delay(options.max_delay);
   skip_unreadable_ = options.skip_unreadable;
   source_.forget_failed_reads();
 }
@@ -171,7 +172,7 @@ void World::check_status() {
   status_ = engine_.status();
   const Status& s = status_;
   require(s.serving == serving_, "the core and the record disagree on who serves");
-  guest_.after_event(s.mode == Mode::async, serving_);
+  guest_.after_event(s.mode == Mode::async && s.pacing_delay == Duration{0}, serving_);
   require(s.mismatched_bytes == 0 || setup_.corruption, "verify: a false alarm");
 
   const bool level = s.phase == Phase::prepared || s.phase == Phase::sealed;
@@ -284,6 +285,8 @@ void World::count_cases() {
   cases_.saw_if(c.copies_discarded != 0, Case::copy_discarded);
   cases_.saw_if(c.flush_failures != 0, Case::flush_failure);
   cases_.saw_if(c.replayed_writes != 0, Case::replayed_write);
+  cases_.saw_if(c.mode_changes != 0, Case::mode_changed);
+  cases_.saw_if(c.paced_writes != 0, Case::paced_write);
   cases_.saw_if(source_.mended(), Case::unreadable_mended);
 }
 

@@ -90,6 +90,8 @@ TEST_CASE("cli: migrate's options") {
                                      "32M",
                                      "--max-delay",
                                      "10ms",
+                                     "--bandwidth",
+                                     "100M",
                                      "--downtime-limit",
                                      "200ms",
                                      "--switch",
@@ -117,6 +119,7 @@ TEST_CASE("cli: migrate's options") {
   CHECK(options.switch_when == mirror::SwitchWhen::pivot);
   CHECK(options.buffer_bytes == 32ULL << 20);
   CHECK(options.max_delay == Duration{10ms});
+  CHECK(options.bandwidth == 100ULL << 20);
   CHECK(options.downtime_limit == Duration{200ms});
   CHECK(options.sync_timeout == Duration{2s});
   CHECK(options.prepare_timeout == Duration{2min});
@@ -129,6 +132,7 @@ TEST_CASE("cli: migrate's options") {
   const auto& defaults = std::get<MigrateCommand>(plain.action);
   CHECK_FALSE(defaults.wait);
   CHECK(defaults.request.connections == 0);
+  CHECK(defaults.request.options.mode == mirror::Mode::automatic);
   CHECK(defaults.request.options.switch_when == mirror::SwitchWhen::manual);
 }
 
@@ -146,10 +150,28 @@ TEST_CASE("cli: every other command") {
   CHECK(verb({"cancel"}) == Verb::cancel);
   CHECK(verb({"verify"}) == Verb::verify);
   CHECK(verb({"unfence"}) == Verb::unfence);
-  CHECK(verb({"set", "--mode", "async"}) == Verb::set_mode_async);
-  CHECK(verb({"set", "--mode", "sync"}) == Verb::set_mode_sync);
   CHECK(std::get<StatusCommand>(client({"status", "--control", "c", "--json"}).action).json);
   CHECK(std::get<StatusCommand>(client({"status", "--control", "c", "--watch"}).action).watch);
+}
+
+TEST_CASE("cli: set names what is to change, and nothing else") {
+  const auto set = [](Args args) {
+    args.insert(args.begin(), {"set", "--control", "c"});
+    return std::get<mirror::Set>(client(args).action);
+  };
+  const mirror::Set mode = set({"--mode", "auto"});
+  CHECK(mode.mode == mirror::Mode::automatic);
+  CHECK_FALSE(mode.bandwidth);
+  CHECK_FALSE(mode.buffer_bytes);
+  CHECK_FALSE(mode.max_delay);
+  CHECK_FALSE(mode.downtime_limit);
+  const mirror::Set others =
+      set({"--bandwidth", "50M", "--buffer", "1M", "--max-delay", "0ms", "--downtime-limit", "1s"});
+  CHECK_FALSE(others.mode);
+  CHECK(others.bandwidth == 50ULL << 20);
+  CHECK(others.buffer_bytes == 1ULL << 20);
+  CHECK(others.max_delay == Duration{0});
+  CHECK(others.downtime_limit == Duration{1s});
 }
 
 TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong") {
@@ -176,15 +198,16 @@ TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong
   wrong({"migrate", "nbd://h"}, "--control");
   wrong({"migrate", "--control", "c"}, "URI");
   wrong({"migrate", "--control", "c", "nbd://a", "nbd://b"}, "several paths");
-  wrong({"migrate", "--control", "c", "--mode", "auto", "nbd://h"}, "auto");
+  wrong({"migrate", "--control", "c", "--mode", "fast", "nbd://h"}, "fast");
   wrong({"migrate", "--control", "c", "--max-delay", "5", "nbd://h"}, "not a time");
   wrong({"migrate", "--control", "c", "--connections", "many", "nbd://h"}, "many");
-  wrong({"migrate", "--control", "c", "--bandwidth", "1M", "nbd://h"}, "--bandwidth");
+  wrong({"migrate", "--control", "c", "--bandwidth", "fast", "nbd://h"}, "--bandwidth");
   wrong({"status", "--control", "c", "--json", "--watch"}, "--json");
   wrong({"switch", "--control", "c"}, "--pivot");
   wrong({"switch", "--control", "c", "--pivot", "--release"}, "--pivot");
   wrong({"switch", "--control", "c", "--commit", "later"}, "later");
-  wrong({"set", "--control", "c"}, "--mode");
+  wrong({"set", "--control", "c"}, "nothing to change");
+  wrong({"set", "--control", "c", "--quarantine", "1s"}, "--quarantine");
 }
 
 TEST_CASE("cli: help and version are no errors") {

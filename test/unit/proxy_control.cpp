@@ -66,6 +66,10 @@ class FakeExport : public Export {
     requests.push_back(std::move(request));
     done(answer.first, answer.second);
   }
+  void set(mirror::Set request, CommandHandler done) override {
+    sets.push_back(std::move(request));
+    done(answer.first, answer.second);
+  }
   void command(Verb verb, CommandHandler done) override {
     verbs.push_back(verb);
     if (hold) {
@@ -77,6 +81,7 @@ class FakeExport : public Export {
 
   std::pair<bool, std::string> answer{true, "well done"};
   std::vector<MigrateRequest> requests;
+  std::vector<mirror::Set> sets;
   std::vector<Verb> verbs;
   std::atomic<bool> hold{false};
   CommandHandler held;
@@ -178,11 +183,37 @@ TEST_CASE("control: a migration's request arrives as it was sent") {
   CHECK(got.options.skip_unreadable);
 }
 
+TEST_CASE("control: what is to change arrives, and what is not named does not") {
+  Served served;
+  ControlClient client(served.path, "set");
+  mirror::Set all;
+  all.mode = mirror::Mode::automatic;
+  all.bandwidth = 0;
+  all.buffer_bytes = 1 << 20;
+  all.max_delay = 7ms;
+  all.downtime_limit = 8ms;
+  client.set(all);
+  mirror::Set one;
+  one.bandwidth = 1 << 20;
+  client.set(one);
+  REQUIRE(served.only().sets.size() == 2);
+  const mirror::Set& got = served.only().sets.front();
+  CHECK(got.mode == all.mode);
+  CHECK(got.bandwidth == all.bandwidth);
+  CHECK(got.buffer_bytes == all.buffer_bytes);
+  CHECK(got.max_delay == all.max_delay);
+  CHECK(got.downtime_limit == all.downtime_limit);
+  const mirror::Set& second = served.only().sets.back();
+  CHECK(second.bandwidth == one.bandwidth);
+  CHECK_FALSE(second.mode);
+  CHECK_FALSE(second.buffer_bytes);
+}
+
 TEST_CASE("control: every command arrives as itself, on one connection") {
   Served served;
   ControlClient client(served.path, "x");
   std::vector<Verb> sent;
-  for (int i = 0; i <= static_cast<int>(Verb::set_mode_sync); ++i) {
+  for (int i = 0; i <= static_cast<int>(Verb::unfence); ++i) {
     sent.push_back(static_cast<Verb>(i));
     CHECK(client.command(sent.back()) == "well done");
   }
@@ -224,7 +255,11 @@ TEST_CASE("control: bad requests are refused, with the reason, and reach no expo
   refused("/migrate", R"({"uris":["a"],"max_delay_ms":-1})", "max_delay_ms");
   refused("/migrate", R"({"uris":["a"],"downtime_limit_ms":0})", "downtime_limit_ms");
   refused("/migrate", R"({"uris":["a"],"buffer_bytes":1.5})", "buffer_bytes");
-  refused("/migrate", R"({"uris":["a"],"mode":"auto"})", "async, sync");
+  refused("/migrate", R"({"uris":["a"],"mode":"fast"})", "async, sync, auto");
+  refused("/migrate", R"({"uris":["a"],"bandwidth_bytes_per_second":50})", "0 (no limit)");
+  refused("/set", R"({"mode":"fast"})", "async, sync, auto");
+  refused("/set", R"({"quarantine_ms":1})", "cannot be changed");
+  refused("/set", R"({"buffer_bytes":1})", "buffer_bytes");
   refused("/migrate", R"({"uris":["a"],"skip_unreadable":1})", "skip_unreadable");
   refused("/switch", "{}", "pivot, release");
   refused("/switch", R"({"action":"now"})", "pivot, release");
@@ -238,6 +273,7 @@ TEST_CASE("control: bad requests are refused, with the reason, and reach no expo
             "HTTP/1.1 400 "));
   CHECK(served.only().verbs.empty());
   CHECK(served.only().requests.empty());
+  CHECK(served.only().sets.empty());
 }
 
 TEST_CASE("control: what a client sends is bounded in size and in time") {
