@@ -64,7 +64,8 @@ def full_buffer(scratch, load):
     target = Nbdkit(scratch, "--filter=rate", "file",
                     fresh_target(scratch.file("target.img"), SMALL), "rate=800M")
     serve = Serve(scratch, source)
-    serve.command("migrate", "--wait", target.uri)
+    # Mode auto and pacing would see to it that it does not get full.
+    serve.command("migrate", "--wait", "--mode", "async", "--max-delay", "0ms", target.uri)
     guest = load(scratch, serve, source)
     fullest = 0
     for _ in range(40):
