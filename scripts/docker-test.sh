@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds docker/Dockerfile and runs docker/compose.yaml, without a container engine: buildah's chroot
 # isolation, network namespaces (test/docker/). For root, on Debian; by hand, since it takes minutes:
-# about five where nothing is cached, two afterwards.
+# about four where only the guest's image is cached, one afterwards.
 #
 # usage: scripts/docker-test.sh
 #

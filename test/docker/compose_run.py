@@ -238,9 +238,11 @@ def run_all(services, order, networks):
         if time.monotonic() > deadline:
             raise RuntimeError(f"not over after {LONGEST_S} s")
         time.sleep(0.1)
-    for service in services.values():
-        service.stop()
-    codes = {name: service.process.wait(timeout=30) for name, service in services.items()}
+    # As an engine does: what depends on others ends before them.
+    codes = {}
+    for name in reversed(order):
+        services[name].stop()
+        codes[name] = services[name].process.wait(timeout=30)
     print(f"\n-- exit codes: {codes}")
     return 0 if set(codes.values()) == {0} else 1
 
