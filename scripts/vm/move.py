@@ -188,6 +188,7 @@ class Move:
         self.iops.append(sum(s["guest"]["write_iops"] for s in states))
         trouble = next((f"; {s['phase']}: {s['last_error']}" for s in states
                         if s["phase"] == "interrupted"), "")
+        trouble = trouble or next((f"; {s['verdict']}" for s in states if s["suspects"]), "")
         self.progress.line(f"disks: {100 * (size - debt) / size:5.1f}% of {bytes_text(size)}, "
                            f"{bytes_text(rate)}/s{trouble}")
 

@@ -116,12 +116,12 @@ def migrate_command(source, target, *options):
             target.vm_folder, *options]
 
 
-def migrate(source, target, *options, seconds=120):
+def migrate(source, target, *options, seconds=180):
     """Runs migrate-vm.sh to its end."""
     return ferry.run(migrate_command(source, target, *options), seconds)
 
 
-def migrate_ok(source, target, *options, seconds=120):
+def migrate_ok(source, target, *options, seconds=180):
     result = migrate(source, target, *options, seconds=seconds)
     ferry.check(result.returncode == 0, f"migrate-vm.sh: exit {result.returncode}: "
                 f"{result.stderr}{result.stdout}")
