@@ -4,7 +4,7 @@ The order, and why nothing is lost whenever this ends (DESIGN.md, rule 10):
   1. every disk is mirrored and in sync
   2. memory goes until little is left; QEMU stops the VM ("pre-switchover")
   3. prepare: every disk in lock-step with its target, which has flushed. Holds nothing: QEMU's format
-     drivers still write when they are told to let go, next
+     drivers still write when they are told to let go; so it takes none of the guest's time, beside
   4. the rest of the memory; the destination has loaded it, and is not running
   5. seal every disk; commit every disk: from the first commit's record on, the VM belongs there.
      Before: abort, and the VM goes on here. After: only forward
@@ -68,6 +68,7 @@ class Move:
         self.took = {}  # seconds, by name of the step
         self.iops = []
         self.last = []  # the disks' states before the commit
+        self.preparing = []  # futures
         self.memory_bytes = None
         self.threads = concurrent.futures.ThreadPoolExecutor(max(1, len(self.disks)))
 
@@ -133,8 +134,10 @@ class Move:
             self.start_target()
         if self.source.status() != "postmigrate":
             self.send_memory()
-            self.timed("prepare", lambda: self.each("prepare"))
+            # Beside the rest of the VM's state; both have to be through before a disk is sealed.
+            self.preparing = [self.threads.submit(disk.step, "prepare") for disk in self.disks]
             self.timed("state", self.hand_over_state)
+            self.timed("prepare", lambda: [done.result() for done in self.preparing])
         else:  # an earlier run has come this far
             self.each("prepare")
         self.timed("seal", lambda: self.each("seal"))
@@ -277,6 +280,7 @@ class Move:
 
     def abort(self):
         """The VM goes on here. Raises if it may belong there: then nothing is touched."""
+        concurrent.futures.wait(self.preparing)  # a prepare gives up by itself, soon
         for disk in self.disks:
             self.undo_switch(disk)
         if self.source.migration()["status"] in MIGRATING:
@@ -349,9 +353,10 @@ class Move:
     def commit_one(self, disk):
         for left in reversed(range(COMMIT_TRIES)):
             try:
-                if disk.source.status()["role"] == "retired":
+                status = disk.source.status()
+                if status["role"] == "retired":
                     return
-                if disk.source.status()["phase"] != "sealed":
+                if status["phase"] != "sealed":
                     disk.step("prepare")
                     disk.step("seal")
                 disk.step("commit-release")
