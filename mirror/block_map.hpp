@@ -69,6 +69,15 @@ class BlockMap {
   [[nodiscard]] bool any_flag(ByteRange range, ChunkFlag flag) const;
   // The longest beginning of `range` whose chunks agree in the flag, and whether they have it.
   [[nodiscard]] std::pair<ByteRange, bool> flag_run(ByteRange range, ChunkFlag flag) const;
+  // f(run, has_it) for these, one after another; it may change the flag within its run.
+  template <typename F>
+  void for_each_flag_run(ByteRange range, ChunkFlag flag, F&& f) const {
+    while (!range.empty()) {
+      const auto [run, on] = flag_run(range, flag);
+      f(run, on);
+      range.begin = run.end;
+    }
+  }
   [[nodiscard]] bool chunk_flag(std::uint64_t chunk, ChunkFlag flag) const {
     return (chunks_[chunk] & static_cast<std::uint8_t>(flag)) != 0;
   }

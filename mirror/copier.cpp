@@ -302,15 +302,13 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
 
 // Rule 9: not at all where the target is known to be zero.
 void Copier::zero_range(Copy& c, ByteRange range) {
-  for (ByteRange rest = range; !rest.empty();) {
-    const auto [run, written] = m_.map().flag_run(rest, ChunkFlag::written);
+  m_.map().for_each_flag_run(range, ChunkFlag::written, [&](ByteRange run, bool written) {
     if (m_.knows_zeroes() && (!written || NBDFERRY_MUTANT(status_after_write))) {
       c.pieces.push_back({c.id, run, Command::block_status, {}});
     } else {
       add_pieces(c, run, Command::zero, {});
     }
-    rest.begin = run.end;
-  }
+  });
 }
 
 void Copier::target_status(Copy& c, ByteRange range, const std::vector<Extent>& extents) {

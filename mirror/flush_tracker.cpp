@@ -5,18 +5,16 @@
 namespace nbdferry::mirror {
 
 void FlushTracker::found(BlockMap& map, ByteRange range) {
-  ByteRange rest = range.widened(chunk_size).intersect({0, map.size()});
-  while (!rest.empty()) {
-    const auto [run, already] = map.flag_run(rest, flag());
-    rest.begin = run.end;
-    if (already) continue;
+  const ByteRange chunks = range.widened(chunk_size).intersect({0, map.size()});
+  map.for_each_flag_run(chunks, flag(), [&](ByteRange run, bool already) {
+    if (already) return;
     map.set_flag(run, flag());
     if (!current_.empty() && current_.back().end == run.begin) {
       current_.back().end = run.end;
     } else {
       current_.push_back(run);
     }
-  }
+  });
 }
 
 void FlushTracker::begin() {

@@ -117,11 +117,9 @@ void Migration::mark_unflushed_stale(const char* why) {
   }
   // Never flushed: whatever was written may be gone. A walk of the map, eight chunks at a time where
   // they are alike: a list of them would have no bound, and they are to be copied again anyway.
-  for (ByteRange rest{0, map_->size()}; !rest.empty();) {
-    const auto [run, written] = map_->flag_run(rest, ChunkFlag::written);
+  map_->for_each_flag_run({0, map_->size()}, ChunkFlag::written, [&](ByteRange run, bool written) {
     if (written) mark_stale(run, why);
-    rest.begin = run.end;
-  }
+  });
 }
 
 void Migration::target_refused(const std::string& reason) {
@@ -265,11 +263,6 @@ void Migration::leave_fallback() {
   if (switchover_.state() == Switchover::State::none) {
     enter_mode(mode_to_be(), "the debt has drained");
   }
-}
-
-double Migration::buffer_used() const {
-  const std::uint64_t held = queue_.storage_bytes() + in_flight_.buffer_bytes();
-  return static_cast<double>(held) / static_cast<double>(options_.buffer_bytes);
 }
 
 // Which mode, and how much pacing.

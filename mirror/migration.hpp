@@ -145,8 +145,13 @@ class Migration {
   void expire_suspects();
   void expire_sync_waits();
   void leave_fallback();
-  // What the buffer holds, as a part of what it may hold.
-  [[nodiscard]] double buffer_used() const;
+  // The memory that mirrored writes take until they are answered; and as a part of what they may.
+  [[nodiscard]] std::uint64_t buffer_held() const {
+    return queue_.storage_bytes() + in_flight_.buffer_bytes();
+  }
+  [[nodiscard]] double buffer_used() const {
+    return static_cast<double>(buffer_held()) / static_cast<double>(options_.buffer_bytes);
+  }
   [[nodiscard]] Mode mode_to_be() const {
     return options_.mode == Mode::automatic ? policy_.mode() : options_.mode;
   }

@@ -135,8 +135,7 @@ void Migration::enqueue_part(GuestOp& op, ByteRange part) {
 
 // Bytes exactly; entries, too, so that many tiny ones don't take more memory than their data.
 bool Migration::full(const MirrorEntry& entry) const {
-  const std::uint64_t held = queue_.storage_bytes() + in_flight_.buffer_bytes();
-  return held + MirrorQueue::cost(entry) > options_.buffer_bytes ||
+  return buffer_held() + MirrorQueue::cost(entry) > options_.buffer_bytes ||
          queue_.size() >= entries_min + options_.buffer_bytes / bytes_per_entry;
 }
 

@@ -52,17 +52,9 @@ for key in sys.argv[1].split("."):
 print(value)' "$1"
 }
 
-# latencies FROM TO: the guest's writes in that time, sorted, in microseconds.
-latencies() {
-  awk -F', *' -v from="$1" -v to="$2" '$3 == 1 && $1 >= from && $1 < to { print int($2 / 1000) }' \
-    guest_lat.1.log | sort -n
-}
-
-# guest FROM TO: as a person reads it.
-guest() {
-  latencies "$1" "$2" | awk -v ms=$(($2 - $1)) '{ us[NR] = $1 }
-    END { printf "%.0f writes/s, p99 %.1f ms", NR * 1000 / ms, us[int((NR - 1) * 0.99) + 1] / 1000 }'
-}
+latency_log=guest_lat.1.log
+# shellcheck source=scripts/guest_latencies.sh
+. "$root/scripts/guest_latencies.sh"
 
 say "A disk of 1 GiB: 768 MiB of this machine's /usr, and 256 MiB that the guest works on"
 truncate -s 1G source.img

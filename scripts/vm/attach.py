@@ -5,10 +5,9 @@ finds it all. Stays in the foreground. The end, by QEMU's or by a signal: QEMU f
 which finish their requests and flush; exit code: QEMU's.
 """
 import argparse
-import contextlib
-import fcntl
 import json
 import os
+import pathlib
 import re
 import shlex
 import signal
@@ -16,16 +15,15 @@ import subprocess
 import sys
 import time
 
-from common import Problem, Usage, directory_of, nbdferry_program, need_program, run_main
+from common import Usage, directory_of, locked, nbdferry_program, need_program, run_main
 from disks import Disk, in_uri
-from ferry import Ferry, FerryError
+from ferry import Ferry, wait_served
 
 DESCRIPTION = """Runs a QEMU guest on nbdferry disks, in the foreground. What is run is printed first,
 so that it can be copied into a start-up of one's own. QEMU-ARGUMENTs are everything else about the
 VM: -m, -accel, -smp, -nic, ... The programs are nbdferry (or $NBDFERRY) and qemu-system-x86_64 (or
 $QEMU)."""
 RETRIES_MAX = 5
-SECONDS_TO_SERVE = 20
 
 
 def parse(arguments):
@@ -64,6 +62,11 @@ def parse(arguments):
     if len(os.path.join(options.dir, "disk00.sock")) > 107:
         raise Usage(f"--dir {options.dir}: too long for the path of a unix socket")
     return options
+
+
+def remove(*paths):
+    for path in paths:
+        pathlib.Path(path).unlink(missing_ok=True)
 
 
 class Attached:
@@ -121,22 +124,8 @@ class Attached:
             # In a session of its own: Ctrl-C is for QEMU, the disks end after it.
             self.servers.append(subprocess.Popen(self.serve_command(disk), start_new_session=True,
                                                  stdin=subprocess.DEVNULL))
-        end = time.monotonic() + SECONDS_TO_SERVE
         for disk, server in zip(self.served_here, self.servers):
-            while not self._serves(disk):
-                if server.poll() is not None:
-                    raise Problem(f"{disk.file} is not served: the reason is above")
-                if time.monotonic() > end:
-                    raise Problem(f"{disk.file}: no answer from its server in "
-                                  f"{SECONDS_TO_SERVE} s")
-                time.sleep(0.02)
-
-    @staticmethod
-    def _serves(disk):
-        try:
-            return bool(Ferry(disk.control, disk.name).status())
-        except FerryError:
-            return False
+            wait_served(disk.control, disk.file, server)
 
     def waits_for_vm(self):
         """Nothing has arrived yet."""
@@ -155,17 +144,14 @@ class Attached:
 
     def run_qemu(self):
         """From QEMU's start to its end; its exit code."""
-        for path in (self.qmp, self.go):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        remove(self.qmp, self.go)
         self.qemu = subprocess.Popen(self.qemu_command())
         while not os.path.exists(self.qmp) and self.qemu.poll() is None:
             time.sleep(0.02)
         if self.qemu.poll() is None:
             self.describe()
         code = self.qemu.wait()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.description)
+        remove(self.description)
         return code
 
     def run(self):
@@ -189,9 +175,7 @@ class Attached:
                     process.terminate()
             for process in group:
                 process.wait()
-        for path in (self.description, self.qmp, self.go):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        remove(self.description, self.qmp, self.go)
 
 
 class Stopped(Exception):
@@ -215,11 +199,7 @@ def main():
     need_program(nbdferry_program())
     need_program(vm.qemu_command()[0])
     os.makedirs(options.dir, mode=0o700, exist_ok=True)
-    with open(os.path.join(options.dir, "lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise Problem(f"a VM runs from {options.dir} already") from e
+    with locked(os.path.join(options.dir, "lock"), f"a VM runs from {options.dir} already"):
         signal.signal(signal.SIGTERM, stopped)
         signal.signal(signal.SIGHUP, stopped)
         try:

@@ -1,4 +1,6 @@
 """What both commands share: their errors, and where things lie."""
+import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -24,6 +26,17 @@ def nbdferry_program():
     """$NBDFERRY, or what this tree has built, or what is installed."""
     built = pathlib.Path(__file__).resolve().parents[2] / "build/proxy/nbdferry"
     return os.environ.get("NBDFERRY") or (str(built) if built.exists() else "nbdferry")
+
+
+@contextlib.contextmanager
+def locked(path, taken):
+    """Holds the lock at `path`; raises Problem(taken) when somebody else does."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise Problem(taken) from e
+        yield
 
 
 def need_program(program):

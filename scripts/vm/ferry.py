@@ -2,11 +2,13 @@
 import http.client
 import json
 import socket
+import time
 
 from common import Problem
 
 REFUSED = (400, 404, 409)
 COMMAND_SECONDS = 120  # a prepare may wait for the target
+SECONDS_TO_SERVE = 20
 
 
 class FerryError(Problem):
@@ -56,3 +58,18 @@ class Ferry:
         if response.status != 200:
             raise FerryError(f"{self.what}: {where}: {response.status} {response.reason}")
         return answer
+
+
+def wait_served(control, file, server):
+    """Until `server`, an `nbdferry serve` that has just been started, answers. Raises Problem."""
+    end = time.monotonic() + SECONDS_TO_SERVE
+    while True:
+        try:
+            Ferry(control, file).status()
+            return
+        except FerryError as e:
+            if server.poll() is not None:
+                raise Problem(f"{file} is not served: the reason is above") from e
+            if time.monotonic() > end:
+                raise Problem(f"{file}: no answer from its server in {SECONDS_TO_SERVE} s") from e
+        time.sleep(0.02)

@@ -1,12 +1,10 @@
 """migrate-vm.sh: the command line. What happens is in move.py and storage.py."""
 import argparse
-import contextlib
-import fcntl
 import os
 import signal
 import sys
 
-from common import Problem, Usage, directory_of, run_main
+from common import Problem, Usage, directory_of, locked, run_main
 from hosts import Local, Ssh, read_vm
 from move import Move
 from qmp import Qmp
@@ -68,18 +66,6 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def only_one(directory):
-    if not os.path.isdir(directory):
-        raise Problem(f"no VM here: {directory} does not exist: start it with attach-vm.sh")
-    with open(os.path.join(directory, "move.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise Problem("another migrate-vm.sh is at work on this VM") from e
-        yield
-
-
 def nothing_left(options, other):
     """An earlier run has ended between its last step and saying so."""
     if os.path.exists(os.path.join(options.dir, "vm.json")):
@@ -98,7 +84,10 @@ def main():
     options = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGHUP, interrupted)
-    with only_one(options.dir):
+    if not os.path.isdir(options.dir):
+        raise Problem(f"no VM here: {options.dir} does not exist: start it with attach-vm.sh")
+    with locked(os.path.join(options.dir, "move.lock"),
+                "another migrate-vm.sh is at work on this VM"):
         if options.disk_only:
             return move_storage(options, read_vm(Local(), options.dir), Progress())
         other = Local("there") if options.local else Ssh(options.host, options.ssh)

@@ -214,10 +214,9 @@ class Move:
         begin = time.monotonic()
         if self.source.migration()["status"] not in MIGRATING:
             self.start_memory()
-        limit_reached = "pre-switchover"
         while True:
             state = self.source.migration()
-            if state["status"] in (limit_reached, "device", "completed"):
+            if state["status"] in ("pre-switchover", "device", "completed"):
                 break
             if state["status"] not in MIGRATING:
                 raise Problem(f"the memory does not get there: {state['status']}: "

@@ -4,10 +4,8 @@ import subprocess
 import time
 
 from common import Problem, Usage, nbdferry_program
-from ferry import Ferry, FerryError
+from ferry import Ferry, FerryError, wait_served
 from report import bytes_text, table
-
-SECONDS_TO_SERVE = 20
 
 
 def move_storage(options, vm, progress):
@@ -92,16 +90,12 @@ def _serve_file(options, name, file, ferry):
     with open(base + ".log", "w") as log:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                   start_new_session=True)
-    end = time.monotonic() + SECONDS_TO_SERVE
-    while True:
-        try:
-            Ferry(base + ".ctl", file).status()
-            return server, f"nbd+unix:///?socket={base}.sock"
-        except FerryError as e:
-            if server.poll() is not None:
-                with open(base + ".log") as log:
-                    raise Problem(log.read().strip() or f"{file} cannot be served") from e
-            if time.monotonic() > end:
-                server.terminate()
-                raise Problem(f"{file}: its server does not answer") from e
-            time.sleep(0.02)
+    try:
+        wait_served(base + ".ctl", file, server)
+    except Problem as e:
+        if server.poll() is None:
+            server.terminate()
+            raise
+        with open(base + ".log") as log:
+            raise Problem(log.read().strip() or str(e)) from e
+    return server, f"nbd+unix:///?socket={base}.sock"

@@ -35,14 +35,8 @@ def link():
     try:
         for name in names:
             ferry.run_ok(["ip", "netns", "add", name])
-        ferry.run_ok(["ip", "link", "add", ends[0], "netns", names[0], "type", "veth",
-                      "peer", "name", ends[1], "netns", names[1]])
-        for number, (name, end) in enumerate(zip(names, ends), 1):
-            ferry.run_ok(["ip", "-n", name, "addr", "add", f"10.77.1.{number}/24", "dev", end])
-            ferry.run_ok(["ip", "-n", name, "link", "set", end, "up"])
-            ferry.run_ok(["ip", "-n", name, "link", "set", "lo", "up"])
-        ferry.run_ok(["tc", "-n", names[0], "qdisc", "add", "dev", ends[0], "root", "tbf",
-                      "rate", "1gbit", "burst", "256kb", "latency", "50ms"])
+        ferry.wire(names, ends, ["10.77.1.1/24", f"{TARGET_HOST}/24"])
+        ferry.limit_rate(names[0], ends[0], "1gbit")
         yield [["ip", "netns", "exec", name] for name in names]
     finally:
         for name in names:

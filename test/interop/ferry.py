@@ -135,6 +135,22 @@ def run_ok(command, seconds=60):
     return result.stdout
 
 
+def wire(namespaces, ends, addresses):
+    """Two network namespaces, joined: a veth pair with these ends and addresses (with prefix)."""
+    run_ok(["ip", "link", "add", ends[0], "netns", namespaces[0], "type", "veth",
+            "peer", "name", ends[1], "netns", namespaces[1]])
+    for namespace, end, address in zip(namespaces, ends, addresses):
+        run_ok(["ip", "-n", namespace, "addr", "add", address, "dev", end])
+        run_ok(["ip", "-n", namespace, "link", "set", end, "up"])
+        run_ok(["ip", "-n", namespace, "link", "set", "lo", "up"])
+
+
+def limit_rate(namespace, end, rate):
+    """What leaves by this end, with a queue of 50 ms."""
+    run_ok(["tc", "-n", namespace, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate,
+            "burst", "256kb", "latency", "50ms"])
+
+
 def same(a, b, what):
     """Byte for byte."""
     result = run(["cmp", a, b])

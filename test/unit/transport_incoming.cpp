@@ -51,6 +51,13 @@ IoError write_error(Driver& d) {
   return d.call(w).error;
 }
 
+// Connected, and not taken for the migration.
+void check_refused(Driver& other) {
+  REQUIRE(other.open());
+  CHECK_FALSE(accepted(other));
+  CHECK(write_error(other) == IoError::not_permitted);
+}
+
 }  // namespace
 
 TEST_CASE("an incoming nbdferry takes writes from its migration and from nobody else") {
@@ -63,25 +70,19 @@ TEST_CASE("an incoming nbdferry takes writes from its migration and from nobody 
 
   SUBCASE("another source: not accepted, EPERM, and ours goes on") {
     Driver other(server.config(id_of('b', '1')));
-    REQUIRE(other.open());
-    CHECK_FALSE(accepted(other));
-    CHECK(write_error(other) == IoError::not_permitted);
+    check_refused(other);
     CHECK(write_error(ours) == IoError::none);
     CHECK(ours.count("lost") == 0);
   }
   SUBCASE("nobody's writes: EPERM, reads are answered") {
     Driver other(server.config(""));
-    REQUIRE(other.open());
-    CHECK_FALSE(accepted(other));
-    CHECK(write_error(other) == IoError::not_permitted);
+    check_refused(other);
     CHECK(other.call(make_op(Command::zero, 0, 4096)).error == IoError::not_permitted);
     CHECK(other.call(make_op(Command::read, 0, 4096)).error == IoError::none);
   }
   SUBCASE("no id at all, though of our source: not accepted") {
     Driver other(server.config(std::string(32, 'a')));
-    REQUIRE(other.open());
-    CHECK_FALSE(accepted(other));
-    CHECK(write_error(other) == IoError::not_permitted);
+    check_refused(other);
   }
   SUBCASE("a new migration of the same source replaces ours and fences its connections") {
     Driver newer(server.config(id_of('a', '2')));

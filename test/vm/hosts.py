@@ -90,15 +90,10 @@ def two_hosts(rate=RATE):
                 ferry.run_ok(["ip", "netns", "add", host.namespace])
             for link in (1, 2):
                 ends = [f"nv{link}{side}{os.getpid()}" for side in "ab"]
-                ferry.run_ok(["ip", "link", "add", ends[0], "netns", hosts[0].namespace, "type",
-                              "veth", "peer", "name", ends[1], "netns", hosts[1].namespace])
+                ferry.wire([host.namespace for host in hosts], ends,
+                           [f"10.78.{link}.{host.number}/24" for host in hosts])
                 for host, end in zip(hosts, ends):
-                    ip = ["ip", "-n", host.namespace]
-                    ferry.run_ok([*ip, "addr", "add", f"10.78.{link}.{host.number}/24", "dev", end])
-                    ferry.run_ok([*ip, "link", "set", end, "up"])
-                    ferry.run_ok([*ip, "link", "set", "lo", "up"])
-                    ferry.run_ok(["tc", "-n", host.namespace, "qdisc", "add", "dev", end, "root",
-                                  "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"])
+                    ferry.limit_rate(host.namespace, end, rate)
             yield scratch, hosts
         finally:
             for host in hosts:

@@ -13,7 +13,7 @@ DIE = os.path.join(os.path.dirname(__file__), "die.py")
 DEATHS = (("before", "bring_disks_in_sync"), ("after", "bring_disks_in_sync"),
           ("after", "start_memory"), ("after", "send_memory"), ("after", "hand_over_state"),
           ("before", "finish"), ("after", "disk.step"), ("after", "commit_one"), ("after", "commit"),
-          ("before", "summary"))
+          ("before", "qmp.cont"), ("after", "qmp.cont"), ("before", "summary"))
 
 
 def there_and_back(world):
