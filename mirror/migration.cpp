@@ -364,8 +364,11 @@ void Migration::update_in_sync() {
   }
   const std::uint64_t debt =
       stale_bytes() + map_->armed_bytes() + queue_.bytes() + in_flight_.buffer_bytes();
-  const double drain =
-      rate_.bytes_per_second() * std::chrono::duration<double>(options_.downtime_limit).count();
+  // Nothing is known of the rate in the first moments: then what may always be under way.
+  const double rate = rate_.bytes_per_second();
+  const double drain = rate == 0
+                           ? static_cast<double>(context_.config.limits.bulk_bytes_min)
+                           : rate * std::chrono::duration<double>(options_.downtime_limit).count();
   // A tenth of the downtime limit begins it, so that "in sync" does not mean that a fast path still has
   // much to carry; all of it ends it, so that the phase does not flutter.
   const double limit = in_sync_ ? drain : drain / 10;

@@ -12,6 +12,7 @@ class RateMeter {
   // `busy`: there was work for the target all the time. An idle interval says nothing of what the
   // target could carry, so it is left out.
   void tick(Time now, bool busy) {
+    if (since_ == Time{0}) since_ = now;  // the first interval begins with the first tick
     if (now - since_ < interval) return;
     const double seconds = std::chrono::duration<double>(now - since_).count();
     const double sample = static_cast<double>(pending_) / seconds;
