@@ -123,7 +123,7 @@ def migrate_ok(source, target, *options, seconds=180):
     return result
 
 
-def wait_for(condition, what, process, seconds=60):
+def wait_for(condition, what, process, seconds=120):
     """Until condition(), while `process` still runs."""
     end = time.monotonic() + seconds
     while not condition():

@@ -86,6 +86,5 @@ def script_is_killed(world):
               flush=True)
 
 
-# The server's death last but one: writes that it left unanswered keep the next move waiting for the
-# quarantine of a minute.
+# Where the scene before left writes unanswered, a move waits for the quarantine of a minute.
 play(there_and_back, does_not_load, script_is_interrupted, server_is_killed, script_is_killed)
