@@ -199,11 +199,6 @@ TEST_CASE("an image format is noticed and served as raw bytes") {
     CHECK(says(disk.note, "served as the raw bytes"));
     CHECK(says(disk.note, format == "vpc" ? "VHD" : ""));
   }
-  const std::string luks = dir / "luks";
-  REQUIRE(
-      shell("qemu-img create -f luks --object secret,id=s,data=x -o key-secret=s,iter-time=10 " +
-            luks + " 1M") == 0);
-  CHECK(says(probe_disk(at(luks)).note, "LUKS"));
   make_file(dir / "raw", 1 << 20);
   CHECK(probe_disk(at(dir / "raw")).note.empty());
   make_file(dir / "tiny", 3);  // shorter than any magic
@@ -217,6 +212,9 @@ TEST_CASE("format names") {
   CHECK(std::strcmp(name(std::string("QFI\xfb\0\0\0\3", 8)), "a qcow2 image") == 0);
   CHECK(std::strcmp(name(std::string("QFI\xfb\0\0\0\1", 8)), "a qcow image") == 0);
   CHECK(std::strcmp(name("# Disk DescriptorFile\n"), "a VMDK descriptor") == 0);
+  // By hand: "qemu-img create -f luks" fails about once in fourteen runs on a shared machine ("Unable
+  // to get accurate CPU usage", its key derivation's calibration).
+  CHECK(says(name(std::string("LUKS\xba\xbe\0\1", 8)), "LUKS"));
   CHECK(name("QFI") == nullptr);
   CHECK(name("") == nullptr);
 }
