@@ -22,6 +22,11 @@ COMMAND_LINE = ("console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=
                 "nokaslr no_timer_check 8250.nr_uarts=1 audit=0 cryptomgr.notests")
 MIB = 1024 * 1024
 
+# QEMU before 9.0 loses stores of a TCG guest that is being moved: where a memory block is a multiple of
+# 256 KiB, sync'ing its dirty bitmap leaves the TLB's "already dirty" as it was. 8 KiB more, and it
+# takes the other way, which is right: 5 panics in 410 moves without, none in 560 with it.
+ODD_KIB = 8
+
 Boot = collections.namedtuple("Boot", "kernel initrd")
 Disks = collections.namedtuple("Disks", "a b seed")
 
@@ -135,7 +140,8 @@ def qemu_arguments(boot, console, memory_mib=256, cpus=1, **options):
     dirty_mib."""
     words = "".join(f" guest.{key}={value}" for key, value in options.items())
     return ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", "pc", "-accel", "tcg", "-m", str(memory_mib), "-smp", str(cpus),
+            "-machine", "pc", "-accel", "tcg", "-m", f"{memory_mib * 1024 + ODD_KIB}K",
+            "-smp", str(cpus),
             "-kernel", boot.kernel, "-initrd", boot.initrd, "-append", COMMAND_LINE + words,
             "-chardev", f"socket,id=console,path={console},logfile={console}.log",
             "-serial", "chardev:console"]
