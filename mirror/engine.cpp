@@ -317,6 +317,8 @@ void EngineState::release_paced() {
 
 void EngineState::reply(GuestOp& op) {
   op.replied = true;
+  const bool flushed = op.command == Command::flush || (op.fua && is_write(op.command));
+  if (flushed && op.result == IoError::none && migration_) migration_->barrier();
   Reply r;
   r.id = op.request;
   r.error = op.result;

@@ -59,6 +59,7 @@ struct Status {
   std::uint64_t mismatched_bytes = 0;
   bool verifying = false;
   bool in_sync = false;
+  bool consistent = false;  // --consistency crash is in force: no debt suspends it
   bool holding = false;  // guest writes are held (sealed)
   std::uint64_t held_requests = 0;
   double bytes_per_second = 0;      // what the target has been answering lately
@@ -82,6 +83,7 @@ struct Counters {
   std::uint64_t replayed_writes = 0;
   std::uint64_t mode_changes = 0;  // by mode auto
   std::uint64_t paced_writes = 0;
+  std::uint64_t epochs_waited = 0;  // a mirrored write waited for an earlier epoch
 };
 
 class EngineState;

@@ -53,6 +53,10 @@ enum class Phase : std::uint8_t {
 // release).
 enum class Serving : std::uint8_t { source, target, nobody };
 
+// What the target holds while it is mirrored to: `crash`: at every moment what the guest's disk could
+// have held after a power cut.
+enum class Consistency : std::uint8_t { none, crash };
+
 enum class SwitchKind : std::uint8_t { pivot, release };
 enum class SwitchWhen : std::uint8_t { manual, pivot, release };
 
@@ -76,6 +80,7 @@ struct MigrateOptions {
   Mode mode = Mode::automatic;
   SwitchWhen switch_when = SwitchWhen::manual;
   bool skip_unreadable = false;
+  Consistency consistency = Consistency::none;
   std::uint64_t buffer_bytes = 64ULL * 1024 * 1024;
   std::uint64_t bandwidth = 0;  // bytes a second to the target; 0: what it takes
   // Most that pacing delays a write's answer; on entering sync, most that a write waits for older

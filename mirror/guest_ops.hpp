@@ -44,6 +44,7 @@ struct GuestOp {
   bool queued_early = false;      // its entries went out beside the source write
   std::uint32_t pieces = 0;       // entries queued or in flight that the reply waits for
   std::uint32_t readbacks = 0;
+  std::uint64_t epoch = 0;  // of its entries in the queue
   Time admitted_at{0};
   Time reply_at{0};  // paced: not answered before; 0: not decided yet
 };

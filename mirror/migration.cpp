@@ -335,6 +335,7 @@ void Migration::pump() {
     dispatch();
     verifier_.finish_if_done();
     update_in_sync();
+    update_consistent();
     switchover_.advance();
   }
   close_when_drained();
@@ -374,6 +375,23 @@ void Migration::update_in_sync() {
   const double limit = in_sync_ ? drain : drain / 10;
   const bool readable = options_.skip_unreadable || copier_.unreadable_bytes() == 0;
   in_sync_ = readable && suspects_.empty() && (no_debt() || static_cast<double>(debt) <= limit);
+}
+
+// Copies know nothing of epochs. So once all is level an epoch begins, and when what came before it
+// is on the target, that holds a state that the guest's disk could have had.
+void Migration::update_consistent() {
+  if (options_.consistency != Consistency::crash) return;
+  const bool level = mirroring() && map_->stale_bytes() == 0 &&
+                     (map_->armed_bytes() == 0 || NBDFERRY_MUTANT(consistent_while_copying));
+  if (level && !level_) {
+    if (!NBDFERRY_MUTANT(consistent_before_drained)) queue_.close_epoch();
+    consistent_from_ = queue_.open_epoch();
+  }
+  level_ = level;
+}
+
+void Migration::barrier() {
+  if (options_.consistency == Consistency::crash && level_) queue_.close_epoch();
 }
 
 Phase Migration::phase() const {
@@ -417,6 +435,7 @@ void Migration::report(Status& s) const {
   s.mismatched_bytes = verifier_.mismatched_bytes();
   s.verifying = verifier_.running();
   s.in_sync = in_sync_ && !ended_;
+  s.consistent = level_ && !ended_ && queue_.first_epoch() >= consistent_from_;
   s.holding = holds_writes();
   s.bytes_per_second = rate_.bytes_per_second();
   s.new_bytes_per_second = new_debt_.bytes_per_second();

@@ -57,6 +57,8 @@ class Migration {
   void source_progress() {
     if (map_ && !ended_) copier_.source_progress();
   }
+  // A flush or a FUA write has been answered: what comes later must not be on the target before it.
+  void barrier();
   // What the ranges of running guest writes are widened to.
   [[nodiscard]] std::uint64_t order_alignment() const { return map_ ? info_.block_min : 1; }
   [[nodiscard]] bool holds_writes() const { return switchover_.holds_writes(); }
@@ -157,6 +159,7 @@ class Migration {
   }
   void steer();
   void update_in_sync();
+  void update_consistent();
   void close_when_drained();
 
   void enqueue(GuestOp& op, bool early);
@@ -207,6 +210,8 @@ class Migration {
   std::optional<std::string> refused_;
   bool paused_ = false;
   bool in_sync_ = false;
+  bool level_ = false;  // nothing is stale or armed, and the link is up: epochs mean something
+  std::uint64_t consistent_from_ = 0;  // once level: the epoch before which all must be there
   std::optional<Phase> ended_;
   bool closed_ = false;
   bool close_sent_ = false;

@@ -103,6 +103,7 @@ void Migration::source_answered(GuestOp& op, IoError error, bool changed) {
 
 void Migration::enqueue(GuestOp& op, bool early) {
   NBDFERRY_ASSERT(early || op.source_done, "a write is mirrored before its source result");
+  op.epoch = queue_.open_epoch();
   const Ranges blocks = op.mirrored;  // pushing may make some stale
   const ByteRange inner_all{
       (op.range.begin + info_.block_min - 1) / info_.block_min * info_.block_min,
@@ -166,7 +167,8 @@ void Migration::push_piece(GuestOp& op, MirrorEntry entry) {
     ++op.pieces;
   }
   const bool trim = op.command == Command::trim;
-  if (queue_.push(std::move(entry))) {
+  if (op.epoch != queue_.first_epoch()) ++context_.counters.epochs_waited;
+  if (queue_.push(std::move(entry), op.epoch)) {
     ++context_.counters.superseded;
     if (trim) ++context_.counters.superseded_by_trim;
   }
@@ -176,6 +178,7 @@ void Migration::read_back(GuestOp& op, ByteRange block) {
   if (intersection(op.mirrored, block).empty()) return;
   ++context_.counters.read_backs;
   ++op.readbacks;
+  queue_.expect(op.epoch);
   const OpId id = context_.new_op(OpKind::readback);
   read_backs_.emplace(id, ReadBack{op.id, block});
   DiskOp read;
@@ -193,16 +196,17 @@ void Migration::read_back_done(SourceDone&& event) {
   GuestOp& op = *guests_.find(rb.guest);
   --op.readbacks;
   context_.settle.push_back(op.id);
-  const Ranges wanted = intersection(op.mirrored, rb.range);
-  if (wanted.empty()) return;
-  if (event.error != IoError::none) {
+  if (intersection(op.mirrored, rb.range).empty()) {
+    // It has become stale since.
+  } else if (event.error != IoError::none) {
     mark_stale(blocks_of(rb.range), "a block could not be read back");
-    return;
+  } else {
+    MirrorEntry e;
+    e.range = rb.range;
+    e.payload = std::move(event.data);
+    push_piece(op, std::move(e));
   }
-  MirrorEntry e;
-  e.range = rb.range;
-  e.payload = std::move(event.data);
-  push_piece(op, std::move(e));
+  queue_.expected_came(op.epoch);
 }
 
 void Migration::release_waiter(GuestOp& op) {

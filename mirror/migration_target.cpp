@@ -186,6 +186,7 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
 void Migration::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
   queue_.unpark(op.id);
+  if (op.kind == OpKind::mirrored) queue_.answered();
   answered_at_ = context_.now;
   const bool wrote = is_write(op.command);
   if (event.error == IoError::none) {

@@ -41,6 +41,8 @@ enum class Case : unsigned {
   sync_beyond_window,
   mode_changed,
   paced_write,
+  consistent_with_backlog,
+  epoch_waited,
   count,
 };
 
@@ -77,6 +79,8 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "sync_beyond_window",
     "mode_changed",
     "paced_write",
+    "consistent_with_backlog",
+    "epoch_waited",
 };
 
 // Plain data: lives in memory shared with the worker processes.

@@ -54,6 +54,7 @@ void Driver::step() {
   for (std::size_t i = 0; i < count; ++i) {
     if (ticket < choices[i].weight) {
       (this->*choices[i].what)();
+      w_.check_consistent();
       return;
     }
     ticket -= choices[i].weight;
@@ -198,7 +199,7 @@ ByteRange Driver::guest_range(bool large) {
 void Driver::guest() {
   GuestRequest r;
   r.id = RequestId{++last_request_};
-  const std::uint64_t dice = prng_.below(100);
+  const std::uint64_t dice = w_.setup().flushes && prng_.chance(1, 4) ? 90 : prng_.below(100);
   r.command = dice < 50   ? Command::write
               : dice < 68 ? Command::read
               : dice < 78 ? Command::trim

@@ -21,7 +21,7 @@ void GuestView::arrived(const mirror::GuestRequest& request, std::uint64_t event
   open_.push_back(std::move(r));
 }
 
-void GuestView::source_submitted(const mirror::DiskOp& op, Time now) {
+void GuestView::source_submitted(const mirror::DiskOp& op, Time now, std::uint64_t event) {
   // The oldest one that fits: overlapping writes run in the order of their arrival.
   const auto it = std::find_if(open_.begin(), open_.end(), [&](const Request& r) {
     return r.command == op.command && r.range == op.range && !r.submitted;
@@ -36,6 +36,7 @@ void GuestView::source_submitted(const mirror::DiskOp& op, Time now) {
   it->submitted = true;
   it->source_op = op.id;
   it->submitted_at = now;
+  oracle_.submitted(it->write, event);
   submitted_now_.push_back(it->id);
 }
 
@@ -88,7 +89,7 @@ void GuestView::judge_success(const Request& r, const mirror::Reply& reply,
       require(r.done && r.source_error == IoError::none,
               "guest #{}: acknowledged before its source", number);
     }
-    oracle_.acknowledged(r.write, event);
+    oracle_.acknowledged(r.write, event, r.fua);
     // A trim may change nothing, so its FUA proves nothing about what is there.
     if (!r.fua || r.command == Command::trim) return;
     const auto wrong = oracle_.wrong(r.range, disk.durable() + r.range.begin, event + 1, ignored);
@@ -98,6 +99,7 @@ void GuestView::judge_success(const Request& r, const mirror::Reply& reply,
     const auto wrong = oracle_.wrong(all, disk.durable(), r.event, ignored);
     require(!wrong, "guest #{}: flushed, but byte {} is not on the medium", number,
             wrong.value_or(0));
+    oracle_.flushed(r.event, event);
   } else if (r.command == Command::read) {
     require(reply.data.size() == r.range.length(), "guest #{}: read {} gives {} bytes", number,
             r.range, reply.data.size());

@@ -39,7 +39,7 @@ class GuestView {
 
   void arrived(const mirror::GuestRequest& request, std::uint64_t event);
   // A source operation that writes: it must be one that the guest asked for, as it asked for it.
-  void source_submitted(const mirror::DiskOp& op, Time now);
+  void source_submitted(const mirror::DiskOp& op, Time now, std::uint64_t event);
   void source_done(OpId op, IoError error, Time now);
   // A read or flush of the serving disk failed: errors of requests that it touches are explained.
   void disk_failed(Command command, ByteRange range, std::uint64_t event);

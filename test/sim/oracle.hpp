@@ -3,6 +3,7 @@
 // It knows every write of the guest in the order of arrival. A byte may hold the value of the last
 // write to it that was acknowledged before the question was asked, or of any later one: unanswered,
 // or failed (a failed write leaves its range undefined: old or new). TRIM may or may not zero.
+// It also knows what the guest has flushed, and so what a power cut could have left of its disk.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,11 @@ class Oracle {
 
   // A write arrives; returns its number, by which to tell its end.
   std::uint32_t arrived(Command command, ByteRange range, Payload payload);
-  void acknowledged(std::uint32_t write, std::uint64_t event);
+  void acknowledged(std::uint32_t write, std::uint64_t event, bool fua);
+  // It was submitted to the guest's disk: from now on it may be there.
+  void submitted(std::uint32_t write, std::uint64_t event) { writes_[write].submitted = event; }
+  // A flush was answered well: what was acknowledged before it was asked for stays.
+  void flushed(std::uint64_t asked, std::uint64_t answered);
   // It failed and has changed nothing.
   void refused(std::uint32_t write);
   // Any content may be there from now on.
@@ -46,6 +51,11 @@ class Oracle {
     return wrong(range, bytes, event, [](std::uint64_t) { return false; });
   }
 
+  // Is there a moment at which a power cut could have left this on the guest's disk (the whole of it)?
+  // Each unit that was written holds one of its versions: submitted before that moment, and no newer
+  // one flushed before it. Returns a byte of a unit that rules it out.
+  [[nodiscard]] std::optional<std::uint64_t> impossible_after_cut(const std::byte* image) const;
+
  private:
   enum class Kind : std::uint8_t { write, zero, trim, undefined, nothing };
   struct Write {
@@ -53,6 +63,8 @@ class Oracle {
     ByteRange range;
     Payload payload;
     std::uint64_t acknowledged = UINT64_MAX;  // event
+    std::uint64_t submitted = UINT64_MAX;
+    std::uint64_t durable = UINT64_MAX;  // when a flush that covers it was answered
   };
   struct Node {
     std::uint32_t write;
@@ -60,6 +72,12 @@ class Oracle {
   };
 
   std::uint32_t add(Kind kind, ByteRange range, Payload payload);
+  // The first moment from `cut` on at which unit `u` could hold `bytes`.
+  [[nodiscard]] std::optional<std::uint64_t> cut_for(std::uint64_t u, const std::byte* bytes,
+                                                     std::uint64_t cut) const;
+  [[nodiscard]] ByteRange unit_range(std::uint64_t u) const {
+    return ByteRange{u * unit_size, (u + 1) * unit_size}.intersect({0, initial_.size()});
+  }
   [[nodiscard]] bool explained(ByteRange part, const std::byte* bytes,
                                std::uint64_t event) const;  // part: within a unit
   [[nodiscard]] static bool matches(const Write& w, ByteRange part, const std::byte* bytes);

@@ -77,6 +77,7 @@ Setup make_setup(Prng& prng) {
 
   s.guest_requests_max = static_cast<unsigned>(prng.between(1, 12));
   s.small_writes = prng.chance(1, 2);
+  s.flushes = prng.chance(1, 4);
   s.source_errors = prng.chance(1, 4);
   s.target_errors = prng.chance(1, 4);
   s.flush_errors = prng.chance(1, 8);
@@ -104,6 +105,7 @@ mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   if (prng.chance(1, 8)) o.bandwidth = prng.pick({1U << 20, 8U << 20});
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
   if (prng.chance(1, 6) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
+  if (prng.chance(1, 3)) o.consistency = mirror::Consistency::crash;
   o.skip_unreadable = s.stays_unreadable || prng.chance(1, 4);
   o.buffer_bytes = prng.pick({1 * kib, 4 * kib, 16 * kib, 64 * kib, 1024 * kib});
   o.max_delay = std::chrono::milliseconds(prng.pick({1, 10, 50}));

@@ -116,7 +116,7 @@ void World::note_start(const MigrateOptions& options) {
 void World::act(SubmitSource& a) {
   if (is_write(a.op.command)) {
     require(serving_ == Serving::source, "source: {}, which it does not own", describe(a.op));
-    guest_.source_submitted(a.op, now_);
+    guest_.source_submitted(a.op, now_, event_);
   }
   cases_.saw_if(source_.submit(std::move(a.op)), Case::torn_read);
 }
@@ -265,6 +265,14 @@ void World::check_medium(const char* when) {
   require(!wrong, "{}: the target's medium holds a wrong byte {}", when, wrong.value_or(0));
 }
 
+void World::check_consistent() {
+  if (!status_.consistent || serving_ != Serving::source || !target_.up() || setup_.corruption)
+    return;
+  cases_.saw_if(status_.buffered_bytes != 0, Case::consistent_with_backlog);
+  const auto wrong = guest_.oracle().impossible_after_cut(target_.image.current());
+  require(!wrong, "the target holds what no power cut could leave, at byte {}", wrong.value_or(0));
+}
+
 void World::check_quiet() {
   require(guest_.open().empty(), "guest requests are left unanswered");
   require(!source_.busy(), "source operations are left");
@@ -287,6 +295,7 @@ void World::count_cases() {
   cases_.saw_if(c.replayed_writes != 0, Case::replayed_write);
   cases_.saw_if(c.mode_changes != 0, Case::mode_changed);
   cases_.saw_if(c.paced_writes != 0, Case::paced_write);
+  cases_.saw_if(c.epochs_waited != 0, Case::epoch_waited);
   cases_.saw_if(source_.mended(), Case::unreadable_mended);
 }
 

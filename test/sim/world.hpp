@@ -72,6 +72,8 @@ class World {
   void check_authority(const char* when);
   // So does its medium.
   void check_medium(const char* when);
+  // With --consistency crash in force: the target holds what a power cut could have left.
+  void check_consistent();
   void check_quiet();
   void count_cases();
 
