@@ -31,7 +31,8 @@ bool is_zero(std::span<const std::byte> bytes) {
 
 void Copier::start_copies() {
   while (!idle_ && m_.map().stale_bytes() != 0 && copies_.size() < copies_max &&
-         cost_ < m_.context().config.limits.copy_window_bytes) {
+         cost_ < m_.context().config.limits.copy_window_bytes &&
+         (reading_bytes_ == 0 || reading_bytes_ < m_.read_share())) {
     if (!start_one()) return;
   }
 }
@@ -53,7 +54,20 @@ std::optional<ByteRange> Copier::readable_part(ByteRange run) {
   return run;
 }
 
+// Hot places last: what the guest writes there before costs the target nothing.
 std::optional<ByteRange> Copier::next_run() {
+  if (const auto run = scan()) return run;
+  if (!passed_hot_) {
+    hot_too_ = false;
+    return std::nullopt;
+  }
+  ++m_.context().counters.hot_left_for_last;
+  hot_too_ = true;
+  return scan();
+}
+
+std::optional<ByteRange> Copier::scan() {
+  passed_hot_ = false;
   const auto& limits = m_.context().config.limits;
   const std::uint64_t limit = after_data_ ? limits.copy_bytes : limits.probe_bytes;
   const std::uint64_t start = cursor_;
@@ -65,7 +79,12 @@ std::optional<ByteRange> Copier::next_run() {
       wrapped = true;
       continue;
     }
-    if (const auto part = readable_part(*run)) return part;
+    if (!hot_too_ && m_.heat().hot(run->begin)) {
+      passed_hot_ = true;
+      cursor_ = m_.heat().alike(*run).end;
+      continue;
+    }
+    if (const auto part = readable_part(hot_too_ ? *run : m_.heat().alike(*run))) return part;
     cursor_ = m_.blocks_of({run->begin, run->begin + 1}).end;
   }
 }
@@ -200,6 +219,7 @@ void Copier::proceed(Copy& c) {
   op.command = c.expect_hole ? Command::block_status : Command::read;
   op.range = c.range;
   c.source_op = op.id;
+  if (c.state == State::reading) reading_bytes_ += c.range.length();
   m_.context().submit_source(std::move(op));
 }
 
@@ -208,6 +228,7 @@ void Copier::source_done(SourceDone&& event) {
                                [&](const Copy& c) { return c.source_op == event.id; });
   if (it == copies_.end()) return;  // of a migration that has ended
   Copy& c = *it;
+  if (c.state == State::reading) reading_bytes_ -= c.range.length();
   // Until its pieces are made it counts as reading, so that nothing ends it early.
   if (c.state == State::probing) {
     if (event.error != IoError::none) event.extents = {Extent{c.range.length(), false, false}};

@@ -87,6 +87,7 @@ class Copier {
 
   [[nodiscard]] bool start_one();
   [[nodiscard]] std::optional<ByteRange> next_run();
+  [[nodiscard]] std::optional<ByteRange> scan();
   [[nodiscard]] std::optional<ByteRange> readable_part(ByteRange run);
   // How far the run is all hole or all data, as far as the hint knows; asks when it does not.
   [[nodiscard]] std::optional<std::pair<ByteRange, bool>> hinted(ByteRange run);
@@ -108,7 +109,10 @@ class Copier {
   Migration& m_;
   Copies copies_;
   std::uint64_t cost_ = 0;
+  std::uint64_t reading_bytes_ = 0;  // from the source
   std::uint64_t cursor_ = 0;
+  bool hot_too_ = false;     // there is nothing else
+  bool passed_hot_ = false;  // in this scan
   bool after_data_ = false;  // the last copy was of data: no need to look far for a hole
   bool idle_ = false;        // a whole round found nothing to copy
   std::uint64_t hole_bytes_ =

@@ -251,6 +251,7 @@ void EngineState::run_write(GuestOp& op) {
 }
 
 void EngineState::submit_to_source(GuestOp& op) {
+  op.submitted_at = context_.now;
   DiskOp disk;
   disk.id = op.id;
   disk.command = op.command;
@@ -273,6 +274,8 @@ void EngineState::on(SourceDone&& event) {
   op->result = event.error;
   op->data = std::move(event.data);
   op->extents = std::move(event.extents);
+  const bool io = op->command == Command::read || op->command == Command::write;
+  if (io && migration_) migration_->guest_waited(context_.now - op->submitted_at);
   if (is_write(op->command) && migration_) {
     migration_->source_answered(*op, event.error, event.changed);
     migration_->source_progress();

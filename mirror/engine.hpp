@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "mirror/events.hpp"
@@ -18,7 +19,9 @@ struct Limits {
   std::uint64_t copy_window_bytes =
       8 * 1024 * 1024;                         // copies between arming and the target's answer
   std::uint64_t bulk_bytes_min = 1024 * 1024;  // under way that nobody waits for: at least so much
-  std::uint64_t probe_bytes = 1ULL << 30;      // one copy operation that expects a hole
+  std::uint64_t merge_bytes = 256 * 1024;  // adjacent mirrored writes become one of up to so much
+  std::uint64_t heat_region_min = 1024 * 1024;    // what is hot or not as a whole
+  std::uint64_t probe_bytes = 1ULL << 30;         // one copy operation that expects a hole
   std::uint64_t write_piece_bytes = 1024 * 1024;  // a mirrored write is cut into pieces
   std::uint64_t zero_piece_bytes = 32ULL * 1024 * 1024;
   std::uint64_t verify_bytes = 128 * 1024;
@@ -60,11 +63,13 @@ struct Status {
   bool verifying = false;
   bool in_sync = false;
   bool consistent = false;  // --consistency crash is in force: no debt suspends it
-  bool holding = false;  // guest writes are held (sealed)
+  bool holding = false;     // guest writes are held (sealed)
   std::uint64_t held_requests = 0;
   double bytes_per_second = 0;      // what the target has been answering lately
   double new_bytes_per_second = 0;  // what the guest has been adding for it
   Duration pacing_delay{0};         // of each write of the guest's
+  std::optional<Duration> deadline_left;
+  double needed_bytes_per_second = 0;  // to be in sync by the deadline; 0 when it is over
   std::string last_error;
 };
 
@@ -83,6 +88,9 @@ struct Counters {
   std::uint64_t replayed_writes = 0;
   std::uint64_t mode_changes = 0;  // by mode auto
   std::uint64_t paced_writes = 0;
+  std::uint64_t merged = 0;  // mirrored writes that went with another one
+  std::uint64_t hot_left_for_last = 0;
+  std::uint64_t overwritten = 0;    // stale chunks that were mirrored whole, never copied
   std::uint64_t epochs_waited = 0;  // a mirrored write waited for an earlier epoch
 };
 

@@ -87,6 +87,7 @@ struct MigrateOptions {
   // ones.
   Duration max_delay = std::chrono::milliseconds(50);
   Duration downtime_limit = std::chrono::milliseconds(300);
+  Duration deadline{0};  // from the start: in sync by then, and no faster than needed; zero: none
   Duration sync_timeout = std::chrono::seconds(1);
   Duration prepare_timeout = std::chrono::seconds(60);
   Duration quarantine = std::chrono::seconds(60);
@@ -210,6 +211,7 @@ struct Set {
   std::optional<std::uint64_t> buffer_bytes;
   std::optional<Duration> max_delay;
   std::optional<Duration> downtime_limit;
+  std::optional<Duration> deadline;  // from now on; zero: none
 };
 
 using Event = std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,

@@ -44,9 +44,11 @@ struct GuestOp {
   bool queued_early = false;      // its entries went out beside the source write
   std::uint32_t pieces = 0;       // entries queued or in flight that the reply waits for
   std::uint32_t readbacks = 0;
+  bool overwrites = false;  // blocks that were stale: the target needs it before it is level
   std::uint64_t epoch = 0;  // of its entries in the queue
   Time admitted_at{0};
-  Time reply_at{0};  // paced: not answered before; 0: not decided yet
+  Time submitted_at{0};  // to the serving disk
+  Time reply_at{0};      // paced: not answered before; 0: not decided yet
 };
 
 class GuestOps {

@@ -31,10 +31,12 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, con
       verifier_(*this),
       switchover_(*this),
       bulk_window_(context.config.limits.bulk_bytes_min),
+      read_share_(context.config.limits.copy_bytes, context.config.limits.copy_window_bytes),
       start_command_(start.command),
       policy_(context.config.limits.auto_dwell),
       mode_(mode_to_be()) {
   bandwidth_.set_rate(options_.bandwidth);
+  deadline_.set(options_.deadline, context.now);
   context_.out->emplace_back(OpenTarget{});
 }
 
@@ -74,6 +76,7 @@ void Migration::target_up(const TargetUp& event) {
     const std::size_t leaves = leaves_base + context_.config.size / chunk_size / chunks_per_leaf;
     map_ = std::make_unique<BlockMap>(
         context_.config.size, std::min<std::size_t>(leaves, context_.config.limits.leaves_max));
+    heat_ = std::make_unique<HeatMap>(context_.config.size, context_.config.limits.heat_region_min);
     suspects_.for_each([&](ByteRange r) { map_->set_flag(r, ChunkFlag::suspect); });
     // Writes that came before this have spans that ignore the target's blocks: let them end first.
     start_barrier_ = static_cast<std::uint64_t>(context_.new_op(OpKind::hint));
@@ -156,7 +159,9 @@ void Migration::end(Phase phase, const std::string& reason) {
 }
 
 void Migration::end_guest_waits() {
+  overwrites_ = 0;
   guests_.for_each([&](GuestOp& op) {
+    op.overwrites = false;
     op.mirrored.clear();
     op.readbacks = 0;
     release_waiter(op);
@@ -202,6 +207,7 @@ void Migration::set(const Set& event) {
   if (event.buffer_bytes) options_.buffer_bytes = *event.buffer_bytes;
   if (event.max_delay) options_.max_delay = *event.max_delay;
   if (event.downtime_limit) options_.downtime_limit = *event.downtime_limit;
+  if (event.deadline) deadline_.set(options_.deadline = *event.deadline, context_.now);
   if (event.mode) {
     options_.mode = *event.mode;
     fallback_ = false;
@@ -304,7 +310,13 @@ void Migration::expire_suspects() {
 void Migration::tick() {
   expire_suspects();
   if (!ended_) {
-    rate_.tick(context_.now, !queue_.empty() || copier_.active());
+    // What a limit of ours lets through says nothing of what the target could take.
+    rate_.tick(context_.now, (!queue_.empty() || copier_.active()) && !throttled_);
+    throttled_ = false;
+    if (heat_) heat_->tick(context_.now);
+    read_share_.tick(context_.now);
+    deadline_share_.set_rate(
+        static_cast<std::uint64_t>(deadline_.allowed(stale_bytes(), context_.now)));
     new_debt_.tick(context_.now, true);
     expire_sync_waits();
     leave_fallback();
@@ -327,6 +339,7 @@ void Migration::try_to_start() {
 void Migration::pump() {
   if (!ended_) {
     bandwidth_.refill(context_.now);
+    deadline_share_.refill(context_.now);
     try_to_start();
     if (mirroring() && !holds_writes() && context_.now >= retry_at_) copier_.start_copies();
     // Flushes first: writes would take each place in the window as it becomes free.
@@ -382,6 +395,7 @@ void Migration::update_in_sync() {
 void Migration::update_consistent() {
   if (options_.consistency != Consistency::crash) return;
   const bool level = mirroring() && map_->stale_bytes() == 0 &&
+                     (overwrites_ == 0 || NBDFERRY_MUTANT(consistent_while_overwriting)) &&
                      (map_->armed_bytes() == 0 || NBDFERRY_MUTANT(consistent_while_copying));
   if (level && !level_) {
     if (!NBDFERRY_MUTANT(consistent_before_drained)) queue_.close_epoch();
@@ -440,6 +454,8 @@ void Migration::report(Status& s) const {
   s.bytes_per_second = rate_.bytes_per_second();
   s.new_bytes_per_second = new_debt_.bytes_per_second();
   s.pacing_delay = pacing_delay();
+  if (deadline_.given()) s.deadline_left = deadline_.left(context_.now);
+  s.needed_bytes_per_second = deadline_.needed(s.stale_bytes + s.copying_bytes, context_.now);
   s.last_error = last_error_;
 }
 

@@ -18,12 +18,15 @@
 #include "mirror/bulk_window.hpp"
 #include "mirror/context.hpp"
 #include "mirror/copier.hpp"
+#include "mirror/deadline.hpp"
 #include "mirror/flush_tracker.hpp"
 #include "mirror/guest_ops.hpp"
+#include "mirror/heat_map.hpp"
 #include "mirror/mirror_queue.hpp"
 #include "mirror/mode_policy.hpp"
 #include "mirror/pacer.hpp"
 #include "mirror/rate_meter.hpp"
+#include "mirror/read_share.hpp"
 #include "mirror/suspects.hpp"
 #include "mirror/switchover.hpp"
 #include "mirror/target_ops.hpp"
@@ -57,6 +60,8 @@ class Migration {
   void source_progress() {
     if (map_ && !ended_) copier_.source_progress();
   }
+  // The local disk answered a guest's read or write.
+  void guest_waited(Duration took) { read_share_.guest_waited(took); }
   // A flush or a FUA write has been answered: what comes later must not be on the target before it.
   void barrier();
   // What the ranges of running guest writes are widened to.
@@ -123,6 +128,9 @@ class Migration {
     context_.notice(what);
   }
   [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
+  [[nodiscard]] const HeatMap& heat() const { return *heat_; }
+  // What the copier may have the local disk read at once.
+  [[nodiscard]] std::uint64_t read_share() const { return read_share_.bytes(); }
   // Does the target's block status tell what it holds? Not when a flush has failed: what that gave
   // up reads as it was written, no later flush brings it to the disk, and a restart undoes it.
   [[nodiscard]] bool knows_zeroes() const { return info_.has_allocation && !flush_failed_; }
@@ -162,6 +170,7 @@ class Migration {
   void update_consistent();
   void close_when_drained();
 
+  void overwrite_stale(GuestOp& op);
   void enqueue(GuestOp& op, bool early);
   void enqueue_part(GuestOp& op, ByteRange part);
   [[nodiscard]] bool full(const MirrorEntry& entry) const;
@@ -174,6 +183,8 @@ class Migration {
   void dispatch();
   [[nodiscard]] bool has_room_for_bulk(std::uint64_t bytes) const;
   bool dispatch_mirrored();
+  [[nodiscard]] bool can_merge(const MirrorEntry& first, const MirrorEntry& next) const;
+  void merge_adjacent(MirrorEntry& entry);
   bool dispatch_copy();
   bool dispatch_verify();
   void maybe_flush();
@@ -190,6 +201,7 @@ class Migration {
   TargetWindow window_;
 
   std::unique_ptr<BlockMap> map_;  // from the first TargetUp
+  std::unique_ptr<HeatMap> heat_;  // as the map
   MirrorQueue queue_;
   TargetOps in_flight_;
   FlushTracker unflushed_;
@@ -201,6 +213,9 @@ class Migration {
   RateMeter new_debt_;  // what the guest adds
   BulkWindow bulk_window_;
   TokenBucket bandwidth_;
+  TokenBucket deadline_share_;  // of the copier
+  Deadline deadline_;
+  ReadShare read_share_;
 
   std::optional<CommandId> start_command_;
   std::uint64_t start_barrier_ = 0;  // guest writes that arrived up to this op end before it starts
@@ -231,6 +246,8 @@ class Migration {
   Time flushed_at_{0};
   std::uint32_t errors_in_row_ = 0;
   Time retry_at_{0};
+  bool throttled_ = false;         // lately: a limit of ours held something back
+  std::size_t overwrites_ = 0;     // guest writes on their way that stand for stale blocks, too
   std::uint64_t copy_credit_ = 0;  // bytes that the copier may send before mirrored writes
 
   std::uint64_t copied_bytes_ = 0;

@@ -7,6 +7,7 @@ namespace {
 
 constexpr std::size_t entries_min = 16;
 constexpr std::size_t bytes_per_entry = 1024;
+constexpr double overwrite_buffer_max = 0.5;
 
 }  // namespace
 
@@ -33,6 +34,7 @@ void Migration::classify(GuestOp& op) {
   if (!map_ || ended_) return;
   const ByteRange blocks = blocks_of(op.range);
   verifier_.touched(blocks);
+  heat_->wrote(blocks);
   // A write may mend what could not be read: it counts as debt again, and ends what ignored it.
   const bool unread = !NBDFERRY_MUTANT(unreadable_forever) && copier_.forget_unreadable(blocks);
   if (!mirroring()) {
@@ -40,6 +42,7 @@ void Migration::classify(GuestOp& op) {
     mark_stale(blocks, "a write while not mirroring");
     return;
   }
+  overwrite_stale(op);
   map_->for_each_run(blocks, [&](ByteRange r, BlockState s) {
     const bool skip = s == BlockState::stale ||
                       (NBDFERRY_MUTANT(armed_is_not_mirrored) && s == BlockState::armed);
@@ -51,6 +54,29 @@ void Migration::classify(GuestOp& op) {
   if (!can_queue_early(op)) return;
   op.queued_early = true;
   enqueue(op, true);
+}
+
+// A stale chunk that it covers whole is mirrored at once and never read: the target holds it when the
+// write has ended. Not where a lost write may still arrive on the target (rule 8), and not where the
+// buffer is filling: then it is the copier's.
+void Migration::overwrite_stale(GuestOp& op) {
+  const bool plain = op.command == Command::write || (op.command == Command::zero && !op.fast_zero);
+  const ByteRange whole{(op.range.begin + chunk_size - 1) / chunk_size * chunk_size,
+                        op.range.end / chunk_size * chunk_size};
+  if (!plain || whole.empty() || buffer_used() > overwrite_buffer_max) return;
+  Ranges stale;
+  map_->for_each_run(whole, [&](ByteRange run, BlockState s) {
+    const ByteRange r{(run.begin + chunk_size - 1) / chunk_size * chunk_size,
+                      run.end / chunk_size * chunk_size};
+    if (s == BlockState::stale && !r.empty()) stale.push_back(r);
+  });
+  for (const auto& r : stale) {
+    if (suspects_.any(r) && !NBDFERRY_MUTANT(overwrite_suspects)) continue;
+    map_->set(r, BlockState::synced);
+    op.overwrites = true;
+    ++context_.counters.overwritten;
+  }
+  if (op.overwrites) ++overwrites_;
 }
 
 // Beside the source write, and not after it: only where its outcome is known (rule 9), where whole
@@ -66,6 +92,8 @@ bool Migration::can_queue_early(const GuestOp& op) const {
 
 void Migration::source_answered(GuestOp& op, IoError error, bool changed) {
   if (!map_ || ended_) return;
+  // Whatever it amounts to, the map and the queue know of it when this is over.
+  if (op.overwrites) --overwrites_;
   if (op.fast_zero && error == IoError::not_supported) {
     op.mirrored.clear();  // refused before anything changed
     release_waiter(op);

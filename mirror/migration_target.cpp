@@ -63,8 +63,13 @@ bool Migration::dispatch_mirrored() {
     const bool data = e->command == Command::write || !info_.can_zero;
     const std::uint64_t bytes = data ? e->range.length() : 0;
     if (!(e->waiter ? in_flight_.has_room(bytes) : has_room_for_bulk(bytes))) return false;
-    if (bytes != 0 && !bandwidth_.may_send()) return false;
+    if (bytes != 0 && !bandwidth_.may_send()) {
+      throttled_ = true;
+      return false;
+    }
     MirrorEntry entry = queue_.take_next();
+    merge_adjacent(entry);
+    const std::uint64_t sent = data ? entry.range.length() : 0;
     DiskOp op;
     op.id = context_.new_op(OpKind::mirrored);
     op.command = entry.command;
@@ -75,7 +80,7 @@ bool Migration::dispatch_mirrored() {
                     OpKind::mirrored,
                     op.command,
                     op.range,
-                    bytes,
+                    sent,
                     MirrorQueue::cost(entry),
                     entry.waiter,
                     entry.debt,
@@ -83,11 +88,51 @@ bool Migration::dispatch_mirrored() {
                     context_.now});
     map_->set_flag(op.range, ChunkFlag::written);
     context_.submit_target(std::move(op));
-    bandwidth_.sent(bytes);
-    copy_credit_ = std::min(copy_credit_max, copy_credit_ + bytes / mirrored_per_copied);
+    bandwidth_.sent(sent);
+    copy_credit_ = std::min(copy_credit_max, copy_credit_ + sent / mirrored_per_copied);
     return true;
   }
   return false;
+}
+
+bool Migration::can_merge(const MirrorEntry& first, const MirrorEntry& next) const {
+  if (next.command != first.command || next.may_hole != first.may_hole) return false;
+  // Writes that the guest waits for go out as they are: nothing of theirs waits for a copy.
+  if (first.waiter || next.waiter) return false;
+  const ByteRange both{first.range.begin, next.range.end};
+  const std::uint64_t limit =
+      std::min(context_.config.limits.merge_bytes, piece_bytes(first.command));
+  if (both.length() > limit || in_flight_.conflict(next.range)) return false;
+  const bool data = first.command == Command::write || !info_.can_zero;
+  return !map_->any(blocks_of(next.range), BlockState::armed) &&
+         (!data || has_room_for_bulk(both.length()));
+}
+
+// What lies right behind it in the queue goes with it, in one request.
+void Migration::merge_adjacent(MirrorEntry& entry) {
+  std::vector<MirrorEntry> parts;
+  MirrorEntry grown = entry;
+  grown.payload = {};
+  while (const MirrorEntry* next = queue_.ready_at(grown.range.end)) {
+    if (!can_merge(grown, *next)) break;
+    grown.range.end = next->range.end;
+    grown.debt = grown.debt || next->debt;
+    parts.push_back(queue_.take_with_last(next->range.begin));
+    ++context_.counters.merged;
+  }
+  if (parts.empty()) return;
+  if (entry.command == Command::write) {
+    Buffer all(grown.range.length());
+    std::byte* out = all.data();
+    const auto append = [&](const Payload& p) {
+      std::copy(p.bytes().begin(), p.bytes().end(), out);
+      out += p.size();
+    };
+    append(entry.payload);
+    for (const auto& p : parts) append(p.payload);
+    grown.payload = std::move(all).freeze();
+  }
+  entry = std::move(grown);
 }
 
 bool Migration::dispatch_copy() {
@@ -99,7 +144,11 @@ bool Migration::dispatch_copy() {
   const bool data =
       next->command == Command::write || (next->command == Command::zero && !info_.can_zero);
   const std::uint64_t bytes = data ? next->range.length() : 0;
-  if (!has_room_for_bulk(bytes) || (bytes != 0 && !bandwidth_.may_send())) return false;
+  if (!has_room_for_bulk(bytes)) return false;
+  if (bytes != 0 && !(bandwidth_.may_send() && deadline_share_.may_send())) {
+    throttled_ = true;
+    return false;
+  }
   CopyPiece piece = copier_.take_piece();
   DiskOp op;
   op.id = context_.new_op(OpKind::copy);
@@ -111,6 +160,7 @@ bool Migration::dispatch_copy() {
   if (is_write(op.command)) map_->set_flag(op.range, ChunkFlag::written);
   context_.submit_target(std::move(op));
   bandwidth_.sent(bytes);
+  deadline_share_.sent(bytes);
   copy_credit_ -= std::min(copy_credit_, bytes);
   return true;
 }

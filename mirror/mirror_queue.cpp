@@ -30,9 +30,8 @@ MirrorQueue::Entries::const_iterator MirrorQueue::Epoch::first_overlap(ByteRange
 }
 
 bool MirrorQueue::overlaps(ByteRange range) const {
-  return std::any_of(epochs_.begin(), epochs_.end(), [&](const Epoch& e) {
-    return e.first_overlap(range) != e.entries.end();
-  });
+  return std::any_of(epochs_.begin(), epochs_.end(),
+                     [&](const Epoch& e) { return e.first_overlap(range) != e.entries.end(); });
 }
 
 void MirrorQueue::insert(Epoch& epoch, MirrorEntry entry, std::optional<OpId> parked_behind) {
@@ -92,7 +91,7 @@ bool MirrorQueue::push(MirrorEntry entry, std::uint64_t number) {
   NBDFERRY_ASSERT(!entry.range.empty(), "an empty mirrored write");
   Epoch& epoch = at(number);
   entry.position = next_position_++;
-  entry.debt = entry.debt || !entry.waiter;
+  entry.debt = !entry.waiter;
   bool superseded = false;
   for (auto it = epoch.first_overlap(entry.range);
        it != epoch.entries.end() && it->first < entry.range.end;) {
@@ -127,6 +126,17 @@ MirrorEntry MirrorQueue::take_next() {
   Epoch& first = epochs_.front();
   ++first.sent;
   return remove(first, first.entries.find(first.ready.begin()->begin));
+}
+
+const MirrorEntry* MirrorQueue::ready_at(std::uint64_t begin) const {
+  const Epoch& first = epochs_.front();
+  const auto it = first.entries.find(begin);
+  return it == first.entries.end() || it->second.parked_behind ? nullptr : &it->second.entry;
+}
+
+MirrorEntry MirrorQueue::take_with_last(std::uint64_t begin) {
+  Epoch& first = epochs_.front();
+  return remove(first, first.entries.find(begin));
 }
 
 void MirrorQueue::answered() {
@@ -173,8 +183,9 @@ void MirrorQueue::expected_came(std::uint64_t epoch) {
 void MirrorQueue::go_on() {
   while (epochs_.size() > 1) {
     Epoch& first = epochs_.front();
-    if (!first.over() && !(NBDFERRY_MUTANT(epoch_does_not_wait) && first.entries.empty() &&
-                           first.expected == 0)) return;
+    if (!first.over() &&
+        !(NBDFERRY_MUTANT(epoch_does_not_wait) && first.entries.empty() && first.expected == 0))
+      return;
     if (NBDFERRY_MUTANT(epoch_does_not_wait)) epochs_[1].sent += first.sent;
     epochs_.pop_front();
   }

@@ -69,6 +69,9 @@ class MirrorQueue {
   // The next ready entry, in order; null when none is.
   [[nodiscard]] const MirrorEntry* next() const;
   MirrorEntry take_next();
+  // The ready entry that begins there, to go with the one that was taken last; null when none does.
+  [[nodiscard]] const MirrorEntry* ready_at(std::uint64_t begin) const;
+  MirrorEntry take_with_last(std::uint64_t begin);
   // The entry that was taken has been answered, well or not.
   void answered();
   void park_next(OpId behind);

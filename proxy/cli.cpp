@@ -168,6 +168,16 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
            "the disk is in sync: when what is left to send takes no longer than this at the "
            "present rate. With 20s that can be much, and the switchover sends it first",
            options.downtime_limit);
+  add_time(app, "--deadline",
+           "Be in sync after this time, and use no more bandwidth than that needs (default: as "
+           "soon as can be); the status says early if it cannot be done",
+           options.deadline);
+  add_choice<mirror::Consistency>(
+      app, "--consistency",
+      "crash: once the copy is through, the target holds at every moment what this disk could "
+      "hold after a power cut: the guest's flushes are barriers (default: none)",
+      {{"none", mirror::Consistency::none}, {"crash", mirror::Consistency::crash}},
+      [&options](mirror::Consistency c) { options.consistency = c; });
   add_choice<mirror::SwitchWhen>(
       app, "--switch", "What to do once in sync (default: manual)",
       {{"manual", mirror::SwitchWhen::manual},
@@ -238,6 +248,8 @@ void define_others(CLI::App& root, Parsed& parsed) {
   add_time(set, "--max-delay", "Most that a guest's write is delayed", changes.max_delay);
   add_time(set, "--downtime-limit", "Longest hold of guest writes at the switchover",
            changes.downtime_limit);
+  add_time(set, "--deadline", "Be in sync after this time from now on; 0s: as soon as can be",
+           changes.deadline);
   set.callback([&set] {
     if (set.count_all() < 3) throw CLI::ValidationError("set", "nothing to change: name an option");
   });

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include <boost/json.hpp>
@@ -21,15 +23,16 @@ struct TimeField {
   Duration MigrateOptions::*member;
   std::int64_t ms_min;
 };
-constexpr std::array<TimeField, 6> time_fields{{
+constexpr std::array<TimeField, 7> time_fields{{
     {"max_delay_ms", &MigrateOptions::max_delay, 0},
     {"downtime_limit_ms", &MigrateOptions::downtime_limit, 1},
     {"sync_timeout_ms", &MigrateOptions::sync_timeout, 1},
     {"prepare_timeout_ms", &MigrateOptions::prepare_timeout, 1},
     {"quarantine_ms", &MigrateOptions::quarantine, 0},
     {"reconnect_delay_ms", &MigrateOptions::reconnect_delay, 0},
+    {"deadline_ms", &MigrateOptions::deadline, 0},
 }};
-constexpr std::int64_t time_max_ms = std::int64_t{24} * 3600 * 1000;
+constexpr std::int64_t time_max_ms = std::int64_t{30} * 24 * 3600 * 1000;
 constexpr std::uint64_t buffer_bytes_min = 64 * 1024;
 constexpr std::uint64_t bandwidth_min = 64 * 1024;
 constexpr std::uint64_t buffer_bytes_max = std::uint64_t{1} << 40;
@@ -42,6 +45,28 @@ constexpr std::array<std::pair<const char*, mirror::SwitchWhen>, 3> switch_times
     {{"manual", mirror::SwitchWhen::manual},
      {"pivot", mirror::SwitchWhen::pivot},
      {"release", mirror::SwitchWhen::release}}};
+
+constexpr std::array<std::pair<const char*, mirror::Consistency>, 2> consistencies{
+    {{"none", mirror::Consistency::none}, {"crash", mirror::Consistency::crash}}};
+
+// What `set` changes; under the names, and within the bounds, of a migration's start.
+template <class T>
+struct SetField {
+  const char* name;
+  T MigrateOptions::*option;
+  std::optional<T> mirror::Set::*change;
+};
+constexpr std::tuple set_fields{
+    SetField{"mode", &MigrateOptions::mode, &mirror::Set::mode},
+    SetField{"bandwidth_bytes_per_second", &MigrateOptions::bandwidth, &mirror::Set::bandwidth},
+    SetField{"buffer_bytes", &MigrateOptions::buffer_bytes, &mirror::Set::buffer_bytes},
+    SetField{"max_delay_ms", &MigrateOptions::max_delay, &mirror::Set::max_delay},
+    SetField{"downtime_limit_ms", &MigrateOptions::downtime_limit, &mirror::Set::downtime_limit},
+    SetField{"deadline_ms", &MigrateOptions::deadline, &mirror::Set::deadline}};
+template <class F>
+void for_each_set_field(F&& f) {
+  std::apply([&](const auto&... field) { (f(field), ...); }, set_fields);
+}
 
 constexpr std::array<std::pair<Verb, ControlCall>, 13> calls{{
     {Verb::pause, {"/pause"}},
@@ -129,6 +154,8 @@ void read_field(MigrateRequest& request, std::string_view field, const json::val
     options.mode = read_name(value, field, modes);
   } else if (field == "switch") {
     options.switch_when = read_name(value, field, switch_times);
+  } else if (field == "consistency") {
+    options.consistency = read_name(value, field, consistencies);
   } else if (field == "buffer_bytes") {
     options.buffer_bytes = read_number(value, field, buffer_bytes_min, buffer_bytes_max);
   } else if (field == "bandwidth_bytes_per_second") {
@@ -148,6 +175,7 @@ json::object migrate_to_json(const MigrateRequest& request) {
   json::object o{{"connections", request.connections},
                  {"mode", name_of(options.mode, modes)},
                  {"switch", name_of(options.switch_when, switch_times)},
+                 {"consistency", name_of(options.consistency, consistencies)},
                  {"buffer_bytes", options.buffer_bytes},
                  {"bandwidth_bytes_per_second", options.bandwidth},
                  {"skip_unreadable", options.skip_unreadable}};
@@ -169,36 +197,31 @@ MigrateRequest migrate_from_json(const json::object& body) {
 }
 
 json::object set_to_json(const mirror::Set& request) {
-  const auto ms = [](Duration time) {
-    return std::chrono::duration_cast<std::chrono::milliseconds>(time).count();
-  };
+  MigrateRequest as_migration;
+  for_each_set_field([&](const auto& field) {
+    if (const auto& change = request.*field.change) as_migration.options.*field.option = *change;
+  });
+  const json::object all = migrate_to_json(as_migration);
   json::object o;
-  if (request.mode) o["mode"] = name_of(*request.mode, modes);
-  if (request.bandwidth) o["bandwidth_bytes_per_second"] = *request.bandwidth;
-  if (request.buffer_bytes) o["buffer_bytes"] = *request.buffer_bytes;
-  if (request.max_delay) o["max_delay_ms"] = ms(*request.max_delay);
-  if (request.downtime_limit) o["downtime_limit_ms"] = ms(*request.downtime_limit);
+  for_each_set_field([&](const auto& field) {
+    if (request.*field.change) o[field.name] = all.at(field.name);
+  });
   return o;
 }
 
 mirror::Set set_from_json(const json::object& body) {
   mirror::Set request;
-  // The bounds are those of a migration's start.
   MigrateRequest as_migration;
-  MigrateOptions& options = as_migration.options;
   for (const auto& [key, value] : body) {
-    const std::string_view field(key.data(), key.size());
-    if (field == "export") continue;
-    if (field != "mode" && field != "bandwidth_bytes_per_second" && field != "buffer_bytes" &&
-        field != "max_delay_ms" && field != "downtime_limit_ms") {
-      refuse(field, "cannot be changed in a running migration");
-    }
-    read_field(as_migration, field, value);
-    if (field == "mode") request.mode = options.mode;
-    if (field == "bandwidth_bytes_per_second") request.bandwidth = options.bandwidth;
-    if (field == "buffer_bytes") request.buffer_bytes = options.buffer_bytes;
-    if (field == "max_delay_ms") request.max_delay = options.max_delay;
-    if (field == "downtime_limit_ms") request.downtime_limit = options.downtime_limit;
+    const std::string_view name(key.data(), key.size());
+    bool known = name == "export";
+    for_each_set_field([&](const auto& field) {
+      if (name != field.name) return;
+      read_field(as_migration, name, value);
+      request.*field.change = as_migration.options.*field.option;
+      known = true;
+    });
+    if (!known) refuse(name, "cannot be changed in a running migration");
   }
   return request;
 }

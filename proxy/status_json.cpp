@@ -36,9 +36,10 @@ constexpr std::array<Field<mirror::Status, std::uint64_t>, 12> core_numbers{{
     {"mismatched_bytes", &mirror::Status::mismatched_bytes},
     {"held_requests", &mirror::Status::held_requests},
 }};
-constexpr std::array<Field<mirror::Status, bool>, 3> core_flags{{
+constexpr std::array<Field<mirror::Status, bool>, 4> core_flags{{
     {"verifying", &mirror::Status::verifying},
     {"in_sync", &mirror::Status::in_sync},
+    {"consistent", &mirror::Status::consistent},
     {"holding", &mirror::Status::holding},
 }};
 constexpr std::array<Field<ExportStatus, std::string>, 6> export_strings{{
@@ -144,6 +145,9 @@ json::object status_to_json(const ExportStatus& status) {
   o["new_bytes_per_second"] = core.new_bytes_per_second;
   o["quarantine_seconds"] = seconds_of(core.quarantine_left);
   o["eta_seconds"] = status.eta_seconds ? json::value(*status.eta_seconds) : json::value(nullptr);
+  o["deadline_seconds"] =
+      core.deadline_left ? json::value(seconds_of(*core.deadline_left)) : json::value(nullptr);
+  o["needed_bytes_per_second"] = core.needed_bytes_per_second;
   json::array paths;
   for (const PathStatus& path : status.paths) paths.emplace_back(path_to_json(path));
   o["paths"] = std::move(paths);
@@ -173,6 +177,9 @@ ExportStatus status_from_json(const json::object& o) {
   core.new_bytes_per_second = read<double>(o, "new_bytes_per_second");
   core.quarantine_left = from_seconds(read<double>(o, "quarantine_seconds"));
   if (!at(o, "eta_seconds").is_null()) status.eta_seconds = read<double>(o, "eta_seconds");
+  if (!at(o, "deadline_seconds").is_null())
+    core.deadline_left = from_seconds(read<double>(o, "deadline_seconds"));
+  core.needed_bytes_per_second = read<double>(o, "needed_bytes_per_second");
   for (const json::value& path : read<json::array>(o, "paths")) {
     if (!path.is_object()) throw std::invalid_argument("paths holds something else");
     status.paths.push_back(path_from_json(path.get_object()));

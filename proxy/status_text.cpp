@@ -68,7 +68,8 @@ std::string status_to_text(const ExportStatus& status) {
   Lines lines;
   lines.add("disk", "{} ({}), export \"{}\"", status.disk, size(core.size_bytes), status.name);
   lines.add("role", "{}{}", status.role, status.peer.empty() ? "" : ", peer " + status.peer);
-  lines.add("phase", "{}{}", to_string(core.phase), core.in_sync ? " (in sync)" : "");
+  lines.add("phase", "{}{}{}", to_string(core.phase), core.in_sync ? " (in sync)" : "",
+            core.consistent ? ", the target is crash-consistent" : "");
   if (has_migration(core)) {
     lines.add("mode", "{}{}", to_string(core.mode),
               core.mode_reason.empty() ? "" : ": " + core.mode_reason);

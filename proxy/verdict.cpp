@@ -18,6 +18,23 @@ double quarantine_seconds(const mirror::Status& core) {
   return std::ceil(std::chrono::duration<double>(core.quarantine_left).count());
 }
 
+std::string by_deadline(const ExportStatus& status) {
+  const mirror::Status& core = status.core;
+  const double left = std::ceil(std::chrono::duration<double>(*core.deadline_left).count());
+  if (left == 0) {
+    return "copying as fast as can be: the deadline is over" +
+           (status.eta_seconds ? fmt::format(", about {:.0f} s left", *status.eta_seconds)
+                               : std::string());
+  }
+  if (core.bytes_per_second > 0 && core.needed_bytes_per_second > core.bytes_per_second) {
+    return fmt::format(
+        "cannot be in sync by the deadline in {:.0f} s: that needs {}/s, the target takes {}/s",
+        left, format_size(core.needed_bytes_per_second), format_size(core.bytes_per_second));
+  }
+  return fmt::format("copying: in sync by the deadline in {:.0f} s, at {}/s", left,
+                     format_size(core.needed_bytes_per_second));
+}
+
 std::string copying(const ExportStatus& status) {
   const mirror::Status& core = status.core;
   if (core.suspect_bytes != 0 && core.stale_bytes <= core.suspect_bytes) {
@@ -25,6 +42,7 @@ std::string copying(const ExportStatus& status) {
         "waiting {:.0f} s more for writes that were lost with a connection and may still arrive",
         quarantine_seconds(core));
   }
+  if (core.deadline_left) return by_deadline(status);
   if (status.eta_seconds) return fmt::format("copying: about {:.0f} s left", *status.eta_seconds);
   // Nothing gets less: then it matters what comes and what goes.
   if (core.bytes_per_second > 0 && core.new_bytes_per_second > keeps_up * core.bytes_per_second) {

@@ -12,6 +12,7 @@ The order, and why nothing is lost whenever this ends (DESIGN.md, rule 10):
 Nothing is remembered between two runs: what there is to do is seen from both sides' states.
 """
 import concurrent.futures
+import contextlib
 import json
 import subprocess
 import time
@@ -352,18 +353,19 @@ class Move:
     def commit_one(self, disk):
         for left in reversed(range(COMMIT_TRIES)):
             try:
+                disk.step("commit-release")  # the VM stands still: nothing is asked before
+                return
+            except FerryError:
+                if left == 0:
+                    raise
+            time.sleep(0.2)
+            with contextlib.suppress(FerryError):
                 status = disk.source.status()
                 if status["role"] == "retired":
                     return
                 if status["phase"] != "sealed":
                     disk.step("prepare")
                     disk.step("seal")
-                disk.step("commit-release")
-                return
-            except FerryError:
-                if left == 0:
-                    raise
-                time.sleep(0.2)
 
     # --- the end ---
 

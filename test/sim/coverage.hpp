@@ -43,6 +43,9 @@ enum class Case : unsigned {
   paced_write,
   consistent_with_backlog,
   epoch_waited,
+  merged,
+  hot_left_for_last,
+  overwritten,
   count,
 };
 
@@ -81,6 +84,9 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "paced_write",
     "consistent_with_backlog",
     "epoch_waited",
+    "merged",
+    "hot_left_for_last",
+    "overwritten",
 };
 
 // Plain data: lives in memory shared with the worker processes.

@@ -230,7 +230,7 @@ void Driver::guest() {
 
 void Driver::start() {
   MigrateOptions options = make_options(w_.setup(), prng_);
-  if (finishing_) options.bandwidth = 0;
+  if (finishing_) options.bandwidth = 0, options.deadline = Duration{0};
   const Phase phase = w_.status().phase;
   const bool accepted =
       w_.serving() == Serving::source && (phase == Phase::idle || phase == Phase::failed ||
@@ -290,6 +290,7 @@ void Driver::change() {
   Set set;
   set.mode = prng_.pick({Mode::sync, Mode::async, Mode::automatic});
   if (prng_.chance(1, 4)) set.bandwidth = prng_.pick({0U, 65536U, 8U << 20});
+  if (prng_.chance(1, 8)) set.deadline = std::chrono::milliseconds(prng_.pick({0, 20, 500}));
   w_.command(std::move(set));
 }
 

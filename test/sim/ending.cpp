@@ -100,6 +100,7 @@ void Driver::finish_source() {
   // A limit of ours is no obstacle of the world's.
   Set unlimited;
   unlimited.bandwidth = 0;
+  unlimited.deadline = Duration{0};
   w_.command(std::move(unlimited));
   level();
   if (w_.serving() == Serving::source && w_.setup().corruption) find_corruption();

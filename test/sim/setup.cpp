@@ -30,6 +30,8 @@ void choose_limits(Setup& s, Prng& prng) {
   l.copy_window_bytes = prng.pick({64 * kib, 64 * kib, 128 * kib, 256 * kib});
   l.bulk_bytes_min = prng.pick({4 * kib, 64 * kib, 1024 * kib});
   l.probe_bytes = prng.pick({64 * kib, 128 * kib, 256 * kib});
+  l.merge_bytes = prng.pick({4 * kib, 16 * kib, 256 * kib});
+  l.heat_region_min = prng.pick({4 * kib, 16 * kib, 64 * kib});
   l.write_piece_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib});
   l.zero_piece_bytes = prng.pick({64 * kib, 128 * kib, 256 * kib});
   l.verify_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib});
@@ -103,6 +105,7 @@ mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   o.mode = prng.pick({mirror::Mode::async, mirror::Mode::sync, mirror::Mode::automatic});
   // In peace all of it is drained, whatever the rate.
   if (prng.chance(1, 8)) o.bandwidth = prng.pick({1U << 20, 8U << 20});
+  if (prng.chance(1, 10)) o.deadline = std::chrono::milliseconds(prng.pick({10, 100, 1000}));
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
   if (prng.chance(1, 6) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
   if (prng.chance(1, 3)) o.consistency = mirror::Consistency::crash;

@@ -25,7 +25,7 @@ struct Setup {
 
   unsigned guest_requests_max = 4;  // in flight
   bool small_writes = false;        // below a block, where the promise to the guest allows
-  bool flushes = false;  // the guest flushes often
+  bool flushes = false;             // the guest flushes often
   bool source_errors = false;
   bool target_errors = false;
   bool flush_errors = false;      // of the target, often

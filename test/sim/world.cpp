@@ -296,6 +296,9 @@ void World::count_cases() {
   cases_.saw_if(c.mode_changes != 0, Case::mode_changed);
   cases_.saw_if(c.paced_writes != 0, Case::paced_write);
   cases_.saw_if(c.epochs_waited != 0, Case::epoch_waited);
+  cases_.saw_if(c.merged != 0, Case::merged);
+  cases_.saw_if(c.hot_left_for_last != 0, Case::hot_left_for_last);
+  cases_.saw_if(c.overwritten != 0, Case::overwritten);
   cases_.saw_if(source_.mended(), Case::unreadable_mended);
 }
 

@@ -4,8 +4,11 @@
 #include <doctest/doctest.h>
 
 #include "mirror/bulk_window.hpp"
+#include "mirror/deadline.hpp"
+#include "mirror/heat_map.hpp"
 #include "mirror/mode_policy.hpp"
 #include "mirror/pacer.hpp"
+#include "mirror/read_share.hpp"
 #include "mirror/token_bucket.hpp"
 
 namespace nbdferry::mirror {
@@ -112,6 +115,84 @@ TEST_CASE("bulk fills the path's own delay and a short queue") {
   window.reset();
   window.answered(milliseconds(150));
   CHECK(window.bytes(125e6) == doctest::Approx(125e6 * 0.1875).epsilon(0.001));
+}
+
+TEST_CASE("heat: a place that is written much more than the rest, until it cools") {
+  constexpr std::uint64_t mib = 1024 * 1024;
+  HeatMap heat(1024 * mib, mib);
+  Time now = seconds(1);
+  heat.tick(now);
+  for (std::uint64_t at = 0; at < 1024; ++at) heat.wrote({at * mib, at * mib + 4096});
+  CHECK_FALSE(heat.hot(5 * mib));
+  for (int i = 0; i < 20; ++i) heat.wrote({5 * mib + 4096, 5 * mib + 8192});
+  CHECK(heat.hot(5 * mib));
+  CHECK_FALSE(heat.hot(6 * mib));
+  CHECK(heat.alike({0, 8 * mib}) == ByteRange{0, 5 * mib});
+  CHECK(heat.alike({5 * mib, 8 * mib}) == ByteRange{5 * mib, 6 * mib});
+  CHECK(heat.alike({6 * mib, 8 * mib}) == ByteRange{6 * mib, 8 * mib});
+  for (int i = 0; i < 3; ++i) heat.tick(now += seconds(1));
+  CHECK_FALSE(heat.hot(5 * mib));
+}
+
+TEST_CASE("heat: a disk that is written evenly has no hot place, and the map is bounded") {
+  constexpr std::uint64_t size = std::uint64_t{64} << 40;
+  HeatMap heat(size, 1024 * 1024);
+  std::mt19937_64 dice(3);
+  for (int i = 0; i < 200'000; ++i) {
+    const std::uint64_t at = dice() % (size / 4096) * 4096;
+    heat.wrote({at, at + 4096});
+  }
+  int hot = 0;
+  for (int i = 0; i < 10'000; ++i) hot += heat.hot(dice() % size) ? 1 : 0;
+  CHECK(hot < 500);       // chance: a region of 1 GiB got four times its share
+  heat.wrote({0, size});  // touches each region, and fills none
+  CHECK(heat.region_end(0) == (std::uint64_t{2} << 30));
+}
+
+TEST_CASE("the copier reads less while the guest waits for its disk, and more again after it") {
+  ReadShare share(256, 8192);
+  Time now = seconds(1);
+  const auto interval = [&](Duration latency) {
+    for (int i = 0; i < 50; ++i) share.guest_waited(latency);
+    share.tick(now += milliseconds(100));
+  };
+  interval(milliseconds(1));
+  CHECK(share.bytes() == 8192);
+  interval(milliseconds(2));  // within what is normal
+  CHECK(share.bytes() == 8192);
+  interval(milliseconds(20));
+  CHECK(share.bytes() == 4096);
+  for (int i = 0; i < 20; ++i) interval(milliseconds(20));
+  CHECK(share.bytes() == 256);  // never nothing
+  for (int i = 0; i < 40; ++i) interval(milliseconds(1));
+  CHECK(share.bytes() == 8192);
+  // A disk that has become slow for good is the normal one after a while.
+  for (int i = 0; i < 600; ++i) interval(milliseconds(20));
+  CHECK(share.bytes() == 8192);
+  // One slow request is no measure, and an idle guest is not disturbed.
+  share.guest_waited(seconds(1));
+  share.tick(now += milliseconds(100));
+  CHECK(share.bytes() == 8192);
+}
+
+TEST_CASE(
+    "a deadline: full speed for a moment, then what it needs, and all of it when it is over") {
+  Deadline deadline;
+  Time now = seconds(10);
+  CHECK_FALSE(deadline.given());
+  CHECK(deadline.allowed(1000, now) == 0);
+  deadline.set(seconds(100), now);
+  CHECK(deadline.left(now + seconds(30)) == seconds(70));
+  CHECK(deadline.allowed(90'000, now + seconds(1)) == 0);  // to see what the paths carry
+  CHECK(deadline.needed(90'000, now) == doctest::Approx(1000));
+  CHECK(deadline.allowed(40'000, now + seconds(50)) == doctest::Approx(1000));
+  CHECK(deadline.allowed(80'000, now + seconds(50)) == doctest::Approx(2000));
+  CHECK(deadline.allowed(80'000, now + seconds(92)) == 0);
+  CHECK(deadline.needed(80'000, now + seconds(92)) == doctest::Approx(10'000));
+  CHECK(deadline.allowed(90'000, now + seconds(101)) == 0);
+  deadline.set(Duration{0}, now + seconds(20));
+  CHECK_FALSE(deadline.given());
+  CHECK(deadline.needed(90'000, now + seconds(50)) == 0);
 }
 
 }  // namespace

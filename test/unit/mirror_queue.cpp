@@ -69,6 +69,46 @@ TEST_CASE("a waiter is told when its entry is split or dropped") {
   CHECK(q.bytes() == 0);
 }
 
+TEST_CASE("an epoch is sent and answered before the next is offered, and not superseded by it") {
+  MirrorQueue q = plain_queue();
+  q.close_epoch();
+  CHECK(q.open_epoch() == 0);  // nothing is in it
+  q.push(write_of({0, 4096}, 1));
+  q.push(write_of({8192, 12288}, 2));
+  q.close_epoch();
+  q.close_epoch();
+  CHECK(q.open_epoch() == 1);
+  CHECK_FALSE(q.push(write_of({0, 4096}, 3)));
+  CHECK(q.push(write_of({0, 4096}, 4)));
+  CHECK(q.size() == 3);
+  CHECK(q.overlaps({0, 1}));
+  CHECK(q.take_next().payload.data()[0] == std::byte{1});
+  CHECK(q.take_next().range.begin == 8192);
+  CHECK(q.next() == nullptr);
+  q.answered();
+  CHECK(q.next() == nullptr);
+  q.answered();
+  CHECK(q.first_epoch() == 1);
+  CHECK(q.take_next().payload.data()[0] == std::byte{4});
+  q.answered();
+  q.check_invariants();
+}
+
+TEST_CASE("an epoch does not end while an entry of it is still to come, or when it is discarded") {
+  MirrorQueue q = plain_queue();
+  q.expect(0);
+  q.close_epoch();
+  q.push(write_of({0, 4096}, 2));
+  CHECK(q.next() == nullptr);
+  q.push(write_of({4096, 8192}, 1), 0);
+  q.expected_came(0);
+  CHECK(q.next()->range.begin == 4096);
+  CHECK(q.beyond(0).front().begin == 4096);  // the older epoch first
+  q.discard({4096, 8192});
+  CHECK(q.next()->range.begin == 0);
+  q.check_invariants();
+}
+
 TEST_CASE("a parked entry waits for its operation, its rests too") {
   MirrorQueue q = plain_queue();
   q.push(write_of({0, 16384}, 1));

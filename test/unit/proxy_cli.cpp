@@ -172,6 +172,7 @@ TEST_CASE("cli: set names what is to change, and nothing else") {
   CHECK(others.buffer_bytes == 1ULL << 20);
   CHECK(others.max_delay == Duration{0});
   CHECK(others.downtime_limit == Duration{1s});
+  CHECK(set({"--deadline", "90min"}).deadline == Duration{90min});
 }
 
 TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong") {

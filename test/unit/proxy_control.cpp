@@ -165,6 +165,8 @@ TEST_CASE("control: a migration's request arrives as it was sent") {
   request.options.quarantine = 0ms;
   request.options.reconnect_delay = 11ms;
   request.options.skip_unreadable = true;
+  request.options.consistency = mirror::Consistency::crash;
+  request.options.deadline = 3h;
   ControlClient client(served.path, "migrate");
   CHECK(client.migrate(request) == "well done");
   REQUIRE(served.only().requests.size() == 1);
@@ -181,6 +183,8 @@ TEST_CASE("control: a migration's request arrives as it was sent") {
   CHECK(got.options.quarantine == Duration{0});
   CHECK(got.options.reconnect_delay == Duration{11ms});
   CHECK(got.options.skip_unreadable);
+  CHECK(got.options.consistency == mirror::Consistency::crash);
+  CHECK(got.options.deadline == Duration{3h});
 }
 
 TEST_CASE("control: what is to change arrives, and what is not named does not") {
@@ -192,6 +196,7 @@ TEST_CASE("control: what is to change arrives, and what is not named does not") 
   all.buffer_bytes = 1 << 20;
   all.max_delay = 7ms;
   all.downtime_limit = 8ms;
+  all.deadline = 0s;
   client.set(all);
   mirror::Set one;
   one.bandwidth = 1 << 20;
@@ -203,10 +208,12 @@ TEST_CASE("control: what is to change arrives, and what is not named does not") 
   CHECK(got.buffer_bytes == all.buffer_bytes);
   CHECK(got.max_delay == all.max_delay);
   CHECK(got.downtime_limit == all.downtime_limit);
+  CHECK(got.deadline == all.deadline);
   const mirror::Set& second = served.only().sets.back();
   CHECK(second.bandwidth == one.bandwidth);
   CHECK_FALSE(second.mode);
   CHECK_FALSE(second.buffer_bytes);
+  CHECK_FALSE(second.deadline);
 }
 
 TEST_CASE("control: every command arrives as itself, on one connection") {

@@ -73,6 +73,31 @@ TEST_CASE("verdict: a quarantine is waited for in plain sight, with the seconds 
   CHECK(says(s, "about 50 s left"));
 }
 
+TEST_CASE("verdict: a deadline that cannot be kept is named early, with both rates") {
+  ExportStatus s = at(Phase::copying);
+  s.core.stale_bytes = 1 << 30;
+  s.core.deadline_left = std::chrono::seconds(100);
+  s.core.needed_bytes_per_second = 10 << 20;
+  CHECK(says(s, "by the deadline in 100 s, at 10.0 MiB/s"));
+  s.core.bytes_per_second = 5 << 20;
+  CHECK(says(s, "cannot be in sync by the deadline"));
+  CHECK(says(s, "needs 10.0 MiB/s, the target takes 5.0 MiB/s"));
+  s.core.deadline_left = Duration{0};
+  CHECK(says(s, "the deadline is over"));
+}
+
+TEST_CASE("verdict: a guest that outruns the target, with both rates and what would help") {
+  ExportStatus s = at(Phase::copying);
+  s.core.stale_bytes = 1 << 30;
+  s.core.bytes_per_second = 5 << 20;
+  s.core.new_bytes_per_second = 10 << 20;
+  CHECK(says(s, "does not converge"));
+  CHECK(says(s, "10.0 MiB/s"));
+  CHECK(says(s, "5.0 MiB/s"));
+  s.eta_seconds = 12;  // and it does get less
+  CHECK(says(s, "about 12 s left"));
+}
+
 TEST_CASE("verdict: an incoming disk says what it waits for") {
   ExportStatus s = at(Phase::idle);
   CHECK(says(s, "no migration"));

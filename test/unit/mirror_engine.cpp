@@ -1,0 +1,266 @@
+// The core between two disks that answer when the test says so: what it sends, and in which order.
+#include <map>
+#include <vector>
+
+#include <doctest/doctest.h>
+
+#include "mirror/engine.hpp"
+
+namespace nbdferry::mirror {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+constexpr std::uint64_t kib = 1024;
+constexpr std::uint64_t mib = 1024 * kib;
+
+class Rig {
+ public:
+  explicit Rig(std::uint64_t size, const MigrateOptions& options, Limits limits = {})
+      : engine_(config(size, limits)) {
+    apply(Start{CommandId{1}, options});
+    TargetUp up;
+    up.info.size = size;
+    up.info.can_flush = up.info.can_zero = true;
+    apply(std::move(up));
+  }
+
+  void apply(Event&& event) {
+    Actions out;
+    engine_.apply(std::move(event), now_, out);
+    for (auto& a : out) {
+      if (auto* source = std::get_if<SubmitSource>(&a)) source_.push_back(std::move(source->op));
+      if (auto* target = std::get_if<SubmitTarget>(&a)) {
+        target_.push_back(target->op);
+        sent_.push_back(std::move(target->op));
+      }
+      if (std::get_if<Reply>(&a) != nullptr) ++replies_;
+    }
+  }
+  void tick(Duration by) {
+    now_ += by;
+    apply(Tick{});
+  }
+  void write(ByteRange range, bool fua = false) {
+    GuestRequest r;
+    r.id = RequestId{++last_};
+    r.command = Command::write;
+    r.range = range;
+    r.fua = fua;
+    Buffer b(range.length());
+    std::fill(b.bytes().begin(), b.bytes().end(), std::byte{1});
+    r.payload = std::move(b).freeze();
+    apply(std::move(r));
+  }
+  void flush() {
+    GuestRequest r;
+    r.id = RequestId{++last_};
+    r.command = Command::flush;
+    apply(std::move(r));
+  }
+  // Everything that the source was asked; returns whether there was any.
+  bool answer_source() {
+    const auto ops = std::exchange(source_, {});
+    for (const auto& op : ops) {
+      SourceDone done;
+      done.id = op.id;
+      if (op.command == Command::read) {
+        Buffer b(op.range.length());
+        std::fill(b.bytes().begin(), b.bytes().end(), std::byte{2});
+        done.data = std::move(b).freeze();
+      } else if (op.command == Command::block_status) {
+        done.extents = {Extent{op.range.length(), false, false}};
+      }
+      apply(std::move(done));
+    }
+    return !ops.empty();
+  }
+  bool answer_target(std::size_t at_most = SIZE_MAX) {
+    std::size_t n = 0;
+    while (n < at_most && !target_.empty()) {
+      const DiskOp op = std::move(target_.front());
+      target_.erase(target_.begin());
+      apply(TargetDone{op.id, IoError::none, {}, {}});
+      ++n;
+    }
+    return n != 0;
+  }
+  void answer_all() {
+    while (answer_source() || answer_target()) {
+    }
+  }
+  [[nodiscard]] Status status() const { return engine_.status(); }
+  [[nodiscard]] const Counters& counters() const { return engine_.counters(); }
+  [[nodiscard]] std::vector<DiskOp>& sent() { return sent_; }  // to the target, ever
+  [[nodiscard]] std::size_t replies() const { return replies_; }
+
+ private:
+  static EngineConfig config(std::uint64_t size, Limits limits) {
+    EngineConfig c;
+    c.size = size;
+    c.limits = limits;
+    return c;
+  }
+  Engine engine_;
+  Time now_ = seconds(1);
+  std::vector<DiskOp> source_;
+  std::vector<DiskOp> target_;
+  std::vector<DiskOp> sent_;
+  std::uint64_t last_ = 0;
+  std::size_t replies_ = 0;
+};
+
+MigrateOptions async_mode() {
+  MigrateOptions o;
+  o.mode = Mode::async;
+  return o;
+}
+
+}  // namespace
+
+TEST_CASE("a hot place is copied last, and is copied although it stays hot") {
+  MigrateOptions options = async_mode();
+  options.bandwidth = 64 * mib;  // so that the copy takes a while
+  Limits limits;
+  limits.copy_window_bytes = mib;
+  Rig rig(32 * mib, options, limits);
+  std::uint64_t last_new = 0;
+  std::size_t seen = 0;
+  const auto copied = [&] { return rig.status().stale_bytes + rig.status().copying_bytes == 0; };
+  for (int i = 0; i < 4000 && !(i > 100 && copied()); ++i) {
+    rig.write({20 * mib + 4096, 20 * mib + 8192});
+    rig.answer_all();
+    for (; seen < rig.sent().size(); ++seen) {
+      const DiskOp& op = rig.sent()[seen];
+      if (op.range.length() > 4096) last_new = op.range.begin;
+    }
+    rig.tick(milliseconds(1));
+  }
+  CHECK(copied());
+  CHECK(last_new / mib == 20);
+  CHECK(rig.counters().hot_left_for_last > 0);
+}
+
+TEST_CASE("adjacent writes in the queue go as one request, up to a limit; others do not") {
+  Rig rig(mib, async_mode());
+  rig.answer_all();
+  REQUIRE(rig.status().stale_bytes == 0);
+  // One in flight keeps the others in the queue: nobody waits, so little is under way at once.
+  Limits limits;
+  limits.bulk_bytes_min = 4 * kib;
+  limits.merge_bytes = 64 * kib;
+  Rig narrow(mib, async_mode(), limits);
+  narrow.answer_all();
+  const std::size_t before = narrow.sent().size();
+  narrow.write({512 * kib, 516 * kib});
+  for (std::uint64_t at = 0; at < 100 * kib; at += 4 * kib) narrow.write({at, at + 4 * kib});
+  narrow.write({200 * kib, 204 * kib});
+  narrow.answer_source();
+  CHECK(narrow.sent().size() == before + 1);
+  narrow.answer_all();
+  std::vector<ByteRange> ranges;
+  std::map<std::uint64_t, std::uint64_t> covered;
+  for (std::size_t i = before + 1; i < narrow.sent().size(); ++i) {
+    if (narrow.sent()[i].command != Command::write) continue;
+    ranges.push_back(narrow.sent()[i].range);
+    CHECK(narrow.sent()[i].payload.size() == ranges.back().length());
+    CHECK(ranges.back().length() <= 64 * kib);
+  }
+  std::uint64_t sum = 0;
+  for (const auto& r : ranges) sum += r.length();
+  CHECK(sum == 104 * kib);
+  CHECK(ranges.back() == ByteRange{200 * kib, 204 * kib});
+}
+
+TEST_CASE("a stale chunk that is overwritten whole is mirrored, and not copied") {
+  MigrateOptions options = async_mode();
+  options.bandwidth = 64 * kib;  // the copy stands still
+  Rig rig(64 * mib, options);
+  rig.answer_all();
+  const Status before = rig.status();
+  REQUIRE(before.stale_bytes > 8 * mib);
+  rig.write({60 * mib + 4 * kib, 60 * mib + 200 * kib});  // two chunks whole, two in part
+  CHECK(rig.status().stale_bytes == before.stale_bytes - 128 * kib);
+  rig.answer_source();
+  CHECK(rig.status().buffered_bytes == 128 * kib);
+  CHECK(rig.counters().overwritten == 1);  // one run
+}
+
+TEST_CASE("--consistency crash: a flush is a barrier between what is sent") {
+  MigrateOptions options = async_mode();
+  options.consistency = Consistency::crash;
+  Rig rig(mib, options);
+  rig.answer_all();
+  rig.tick(milliseconds(10));
+  rig.answer_all();
+  REQUIRE(rig.status().consistent);
+  const std::size_t before = rig.sent().size();
+  rig.write({0, 4 * kib});
+  rig.write({64 * kib, 68 * kib});
+  rig.answer_source();
+  rig.flush();
+  rig.answer_source();
+  rig.write({128 * kib, 132 * kib});
+  rig.write({0, 4 * kib});  // supersedes nothing of before the flush
+  rig.answer_source();
+  CHECK(rig.replies() == 5);  // the guest waits for none of it
+  CHECK(rig.sent().size() == before + 2);
+  CHECK(rig.status().consistent);
+  CHECK(rig.answer_target(1));
+  CHECK(rig.sent().size() == before + 2);
+  CHECK(rig.answer_target(1));
+  CHECK(rig.sent().size() == before + 4);
+  // A FUA write is one, too.
+  rig.write({256 * kib, 260 * kib}, true);
+  rig.answer_source();
+  rig.write({300 * kib, 304 * kib});
+  rig.answer_source();
+  CHECK(rig.sent().size() == before + 5);
+  rig.answer_all();
+  CHECK(rig.status().buffered_bytes == 0);
+  CHECK(rig.counters().epochs_waited == 3);
+}
+
+TEST_CASE(
+    "--consistency crash: debt suspends it, and it returns when all that came before is there") {
+  MigrateOptions options = async_mode();
+  options.consistency = Consistency::crash;
+  Rig rig(mib, options);
+  CHECK_FALSE(rig.status().consistent);
+  rig.answer_all();
+  CHECK(rig.status().consistent);
+  rig.apply(Pause{CommandId{2}});
+  CHECK_FALSE(rig.status().consistent);
+  rig.write({0, 4 * kib});
+  rig.answer_source();
+  rig.apply(Resume{CommandId{3}});
+  CHECK_FALSE(rig.status().consistent);
+  rig.answer_all();
+  CHECK(rig.status().consistent);
+}
+
+TEST_CASE("a deadline holds the copier back to what it needs") {
+  MigrateOptions options = async_mode();
+  options.deadline = seconds(40);
+  Rig rig(256 * mib, options);
+  const auto copied_until = [&](Duration until) {
+    static Duration at{0};
+    for (; at < until; at += milliseconds(10)) {
+      rig.answer_source();
+      rig.answer_target(2);  // 512 KiB in 10 ms at most: 50 MiB/s
+      rig.tick(milliseconds(10));
+    }
+    return rig.status().copied_bytes;
+  };
+  const std::uint64_t trial = copied_until(seconds(2));
+  CHECK(trial > 80 * mib);
+  const std::uint64_t later = copied_until(seconds(12));
+  CHECK(later - trial < 70 * mib);                  // 160 MiB in 34 s: 4.7 MiB/s
+  CHECK(rig.status().bytes_per_second > 30 * mib);  // what the target takes is not forgotten
+  CHECK(rig.status().deadline_left == seconds(28));
+  copied_until(seconds(37));
+  CHECK(rig.status().in_sync);
+}
+
+}  // namespace nbdferry::mirror
