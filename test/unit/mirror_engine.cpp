@@ -20,10 +20,15 @@ class Rig {
   explicit Rig(std::uint64_t size, const MigrateOptions& options, Limits limits = {})
       : engine_(config(size, limits)) {
     apply(Start{CommandId{1}, options});
-    TargetUp up;
-    up.info.size = size;
-    up.info.can_flush = up.info.can_zero = true;
-    apply(std::move(up));
+    apply(TargetUp{usual(size)});
+  }
+  explicit Rig(std::uint64_t size) : engine_(config(size, {})) {}
+
+  static TargetInfo usual(std::uint64_t size) {
+    TargetInfo info;
+    info.size = size;
+    info.can_flush = info.can_zero = true;
+    return info;
   }
 
   void apply(Event&& event) {
@@ -36,6 +41,7 @@ class Rig {
         sent_.push_back(std::move(target->op));
       }
       if (std::get_if<Reply>(&a) != nullptr) ++replies_;
+      if (auto* done = std::get_if<CommandDone>(&a)) done_ = std::move(*done);
     }
   }
   void tick(Duration by) {
@@ -92,7 +98,18 @@ class Rig {
   }
   [[nodiscard]] Status status() const { return engine_.status(); }
   [[nodiscard]] const Counters& counters() const { return engine_.counters(); }
-  [[nodiscard]] std::vector<DiskOp>& sent() { return sent_; }  // to the target, ever
+  [[nodiscard]] std::vector<DiskOp>& sent() { return sent_; }      // to the target, ever
+  [[nodiscard]] const CommandDone& done() const { return done_; }  // the last command's end
+  // The command is refused, for this reason.
+  template <typename E>
+  [[nodiscard]] bool refuses(E&& event, const std::string& why) {
+    done_ = {};
+    event.command = CommandId{99};
+    apply(std::forward<E>(event));
+    CAPTURE(done_.message);
+    return done_.command == CommandId{99} && !done_.ok &&
+           done_.message.find(why) != std::string::npos;
+  }
   [[nodiscard]] std::size_t replies() const { return replies_; }
 
  private:
@@ -109,6 +126,7 @@ class Rig {
   std::vector<DiskOp> sent_;
   std::uint64_t last_ = 0;
   std::size_t replies_ = 0;
+  CommandDone done_;
 };
 
 MigrateOptions async_mode() {
@@ -261,6 +279,112 @@ TEST_CASE("a deadline holds the copier back to what it needs") {
   CHECK(rig.status().deadline_left == seconds(28));
   copied_until(seconds(37));
   CHECK(rig.status().in_sync);
+}
+
+TEST_CASE("a target that can't be one is refused, with the reason") {
+  const auto failed = [](std::uint64_t size, const TargetInfo& info) {
+    Rig rig(size);
+    rig.apply(Start{CommandId{1}, async_mode()});
+    rig.apply(TargetUp{info});
+    CHECK(rig.status().phase == Phase::failed);
+    CHECK_FALSE(rig.done().ok);
+    return rig.status().last_error;
+  };
+  TargetInfo info = Rig::usual(mib);
+  info.read_only = true;
+  CHECK(failed(mib, info).find("read-only") != std::string::npos);
+  info = Rig::usual(mib - 1);
+  CHECK(failed(mib, info).find("smaller") != std::string::npos);
+  info = Rig::usual(mib);
+  info.block_min = 4096;
+  CHECK(failed(mib - 512, info).find("not a multiple") != std::string::npos);
+  info.block_min = 128 * kib;
+  CHECK(failed(mib, info).find("larger than 64 KiB") != std::string::npos);
+}
+
+TEST_CASE("a target that comes back as another one is refused") {
+  for (const bool no_flush : {true, false}) {
+    Rig rig(mib, async_mode());
+    rig.answer_all();
+    rig.apply(TargetWindow{0, 0});
+    rig.apply(TargetLost{"gone"});
+    CHECK(rig.status().phase == Phase::interrupted);
+    TargetInfo info = Rig::usual(mib);
+    if (no_flush) {
+      info.can_flush = false;
+    } else {
+      info.block_min = 4096;
+    }
+    rig.apply(TargetUp{info});
+    CHECK(rig.status().phase == Phase::failed);
+  }
+}
+
+TEST_CASE("commands that make no sense are refused, with the reason") {
+  Rig idle(mib);
+  CHECK(idle.refuses(Pause{}, "no migration is running"));
+  CHECK(idle.refuses(Resume{}, "no migration is running"));
+  CHECK(idle.refuses(Cancel{}, "no migration is running"));
+  CHECK(idle.refuses(Verify{}, "no migration is running"));
+  CHECK(idle.refuses(Set{}, "no migration is running"));
+  CHECK(idle.refuses(Prepare{}, "no migration is running"));
+  CHECK(idle.refuses(Seal{}, "no migration is running"));
+  CHECK(idle.refuses(Commit{}, "no migration is running"));
+  CHECK(idle.refuses(Abort{}, "no migration is running"));
+  // What comes late from a target that nobody knows any more changes nothing.
+  idle.apply(TargetUp{Rig::usual(mib)});
+  idle.apply(TargetWindow{});
+  idle.apply(TargetLost{"gone"});
+  idle.apply(TargetRefused{"no"});
+  idle.apply(TargetClosed{});
+  idle.apply(Tick{});
+  CHECK(idle.status().phase == Phase::idle);
+
+  Rig rig(mib, async_mode());
+  CHECK(rig.refuses(Start{}, "a migration is running"));
+  rig.answer_all();
+  rig.apply(Switch{CommandId{5}, SwitchKind::release});
+  rig.answer_all();
+  rig.apply(RecordWritten{true, {}});
+  rig.answer_all();
+  CHECK(rig.status().phase == Phase::switched);
+  CHECK(rig.refuses(Start{}, "fenced"));
+  rig.apply(TargetClosed{});
+  rig.apply(Unfence{CommandId{6}});
+  CHECK(rig.status().serving == Serving::source);
+
+  Rig pivot(mib, async_mode());
+  pivot.answer_all();
+  pivot.apply(Switch{CommandId{5}, SwitchKind::pivot});
+  pivot.answer_all();
+  pivot.apply(RecordWritten{true, {}});
+  CHECK(pivot.status().serving == Serving::target);
+  CHECK(pivot.refuses(Start{}, "pivoted"));
+  CHECK(pivot.refuses(Unfence{}, "the target serves"));
+  CHECK(pivot.refuses(Set{}, "no migration is running"));
+}
+
+TEST_CASE(
+    "a migration that waits for the earlier one's connections is queued, and can be cancelled") {
+  Rig rig(mib, async_mode());
+  rig.answer_all();
+  rig.apply(Cancel{CommandId{2}});
+  rig.apply(Start{CommandId{3}, async_mode()});
+  CHECK(rig.status().phase == Phase::queued);
+  rig.apply(Cancel{CommandId{4}});
+  CHECK(rig.status().phase == Phase::cancelled);
+  rig.apply(Start{CommandId{5}, async_mode()});
+  rig.apply(TargetClosed{});
+  CHECK(rig.status().phase == Phase::connecting);
+}
+
+TEST_CASE("everything has a name") {
+  for (int i = 0; i <= static_cast<int>(IoError::lost); ++i)
+    CHECK_FALSE(to_string(static_cast<IoError>(i)).empty());
+  for (int i = 0; i <= static_cast<int>(Command::block_status); ++i)
+    CHECK_FALSE(to_string(static_cast<Command>(i)).empty());
+  for (int i = 0; i <= static_cast<int>(Mode::automatic); ++i)
+    CHECK_FALSE(to_string(static_cast<Mode>(i)).empty());
 }
 
 }  // namespace nbdferry::mirror
