@@ -30,8 +30,8 @@ bool is_zero(std::span<const std::byte> bytes) {
 // --- choosing ---
 
 void Copier::start_copies() {
-  while (!idle_ && m_.map().stale_bytes() != 0 && copies_.size() < copies_max &&
-         cost_ < m_.context().config.limits.copy_window_bytes &&
+  const std::uint64_t ahead = m_.read_ahead();
+  while (!idle_ && m_.map().stale_bytes() != 0 && copies_.size() < copies_max && cost_ < ahead &&
          (reading_bytes_ == 0 || reading_bytes_ < m_.read_share())) {
     if (!start_one()) return;
   }

@@ -298,7 +298,7 @@ bool EngineState::paced(GuestOp& op) {
   if (!is_write(op.command) || op.result != IoError::none || !migration_) return false;
   if (op.reply_at == Time{0}) {
     const int factor = NBDFERRY_MUTANT(pacing_without_cap) ? 100 : 1;
-    op.reply_at = op.admitted_at + factor * migration_->pacing_delay();
+    op.reply_at = op.submitted_at + factor * migration_->pacing_delay();
     if (op.reply_at > context_.now) {
       ++context_.counters.paced_writes;
       paced_.emplace(op.reply_at, op.id);

@@ -28,6 +28,7 @@ struct Limits {
   std::uint64_t flush_bytes = 512ULL * 1024 * 1024;  // unflushed on the target: flush by then …
   Duration flush_period = std::chrono::seconds(5);   // … or after this time …
   Duration flush_period_level = std::chrono::milliseconds(500);  // … or this, with nothing stale
+  std::uint64_t sync_keep_min = 256 * 1024;       // entering sync, so much stays queued at least
   Duration auto_dwell = std::chrono::seconds(2);  // mode auto: sync lasts at least so long
   std::uint32_t target_errors_max = 16;           // in a row, then the migration fails
   std::size_t leaves_max = SIZE_MAX;              // mixed chunks; the map has its own bound too

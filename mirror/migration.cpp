@@ -10,7 +10,6 @@ namespace {
 constexpr std::size_t leaves_base = 256 * 1024;  // about 14 MiB of leaves for any disk …
 constexpr std::uint64_t chunks_per_leaf = 64;    // … and 14 MiB more per TiB
 constexpr Duration close_wait = std::chrono::seconds(1);
-constexpr std::uint64_t sync_entry_keep_min = 256 * 1024;
 constexpr Duration silence_max = std::chrono::milliseconds(200);
 
 }  // namespace
@@ -224,11 +223,11 @@ void Migration::enter_mode(Mode mode, const std::string& reason) {
   mode_reason_ = reason;
   if (mode == mode_) return;
   mode_ = mode;
-  if (mode != Mode::sync || !map_) return;
+  if (mode != Mode::sync || !map_ || NBDFERRY_MUTANT(sync_keeps_queue)) return;
   // No sync write waits behind the whole queue: what does not drain soon is the copier's.
   const double seconds = std::chrono::duration<double>(options_.max_delay).count();
-  const auto keep =
-      std::max(sync_entry_keep_min, static_cast<std::uint64_t>(rate_.bytes_per_second() * seconds));
+  const auto keep = std::max(context_.config.limits.sync_keep_min,
+                             static_cast<std::uint64_t>(rate_.bytes_per_second() * seconds));
   for (const auto& r : queue_.beyond(keep))
     mark_stale(blocks_of(r), "queued too long for sync mode");
 }

@@ -129,6 +129,9 @@ class Migration {
   }
   [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
   [[nodiscard]] const HeatMap& heat() const { return *heat_; }
+  // How much the copier may have armed at once: what the paths carry soon. A guest's write to an armed
+  // block waits for its copy.
+  [[nodiscard]] std::uint64_t read_ahead() const;
   // What the copier may have the local disk read at once.
   [[nodiscard]] std::uint64_t read_share() const { return read_share_.bytes(); }
   // Does the target's block status tell what it holds? Not when a flush has failed: what that gave

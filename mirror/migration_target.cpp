@@ -10,6 +10,8 @@ namespace {
 // Of the bytes on the wire the copier gets at least one in four, so that the end comes nearer.
 constexpr std::uint64_t mirrored_per_copied = 3;
 constexpr std::uint64_t copy_credit_max = 4ULL * 1024 * 1024;
+constexpr double read_ahead_seconds = 0.05;
+constexpr std::uint64_t read_ahead_copies_min = 4;
 constexpr std::size_t unflushed_runs_max = 64 * 1024;
 constexpr Duration error_backoff = std::chrono::milliseconds(100);
 constexpr Duration error_backoff_max = std::chrono::seconds(5);
@@ -24,6 +26,15 @@ std::uint64_t Migration::piece_bytes(Command command) const {
                 : std::min<std::uint64_t>(limits.write_piece_bytes, info_.payload_max);
   // Whole blocks, so that what is cut here is aligned there too.
   return std::max(block_size(), wanted / block_size() * block_size());
+}
+
+std::uint64_t Migration::read_ahead() const {
+  const Limits& limits = context_.config.limits;
+  const double rate = rate_.bytes_per_second();
+  if (rate == 0) return limits.copy_window_bytes;
+  const auto soon = static_cast<std::uint64_t>(rate * read_ahead_seconds);
+  return std::min(limits.copy_window_bytes,
+                  std::max(soon, read_ahead_copies_min * limits.copy_bytes));
 }
 
 void Migration::dispatch() {

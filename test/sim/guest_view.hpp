@@ -82,7 +82,7 @@ class GuestView {
   std::vector<Request> open_;
   std::vector<DiskFailure> failures_;
   std::vector<RequestId> submitted_now_;  // in the current event
-  RequestId done_now_{};                  // a write whose source answered well in the current event
+  RequestId done_now_{};                  // one whose source answered well in the current event
   Duration max_delay_{0};
 };
 

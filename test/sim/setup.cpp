@@ -38,6 +38,7 @@ void choose_limits(Setup& s, Prng& prng) {
   l.flush_bytes = prng.pick({16 * kib, 64 * kib, 1024 * kib});
   l.flush_period = std::chrono::milliseconds(prng.pick({5, 20, 100, 1000}));
   l.flush_period_level = l.flush_period;
+  l.sync_keep_min = prng.pick({4 * kib, 256 * kib});
   l.auto_dwell = std::chrono::milliseconds(prng.pick({1, 5, 50}));
   l.target_errors_max = prng.pick({2U, 4U, 16U});
   // No piece is smaller than what the target can write.

@@ -32,7 +32,9 @@ void World::apply(Event&& event) {
     if (trace_.on()) trace_.line("{:>16} {}", "", describe(action));
     std::visit([this](auto& a) { act(a); }, action);
   }
+  const Mode mode = status_.mode;
   check_status();
+  check_sync_entry(mode);
   if (setup_.check_invariants) engine_.check_invariants();
 }
 
@@ -105,6 +107,8 @@ void World::heal() {
 
 void World::note_start(const MigrateOptions& options) {
   buffer_bytes_ = options.buffer_bytes;
+  max_delay_ = options.max_delay;
+  limit_bandwidth(options.bandwidth);
   guest_.set_max_delay(options.max_delay);
   skip_unreadable_ = options.skip_unreadable;
   source_.forget_failed_reads();
@@ -119,6 +123,35 @@ void World::act(SubmitSource& a) {
     guest_.source_submitted(a.op, now_, event_);
   }
   cases_.saw_if(source_.submit(std::move(a.op)), Case::torn_read);
+}
+
+void World::limit_bandwidth(std::uint64_t rate) {
+  bandwidth_ = rate;
+  limited_since_ = now_;
+  sent_since_ = 0;
+}
+
+void World::set(Set&& event) {
+  const auto bandwidth = event.bandwidth;
+  if (!bandwidth) {
+    apply(std::move(event));
+    return;
+  }
+  // What goes out on account of this very event may go by the old limit or the new one.
+  const std::uint64_t before = std::exchange(bandwidth_, 0);
+  apply(std::move(event));
+  limit_bandwidth(last_command_ok_ ? *bandwidth : before);
+}
+
+void World::act(SubmitTarget& a) {
+  if (bandwidth_ != 0 && serving_ == Serving::source && a.op.command == Command::write) {
+    // One operation may overdraw it; and there is a little for bursts.
+    const double seconds = std::chrono::duration<double>(now_ - limited_since_).count() + 0.021;
+    require(static_cast<double>(sent_since_) <= static_cast<double>(bandwidth_) * seconds,
+            "{} bytes sent in {} s, at a limit of {} bytes/s", sent_since_, seconds, bandwidth_);
+    sent_since_ += a.op.payload.size();
+  }
+  target_.submit(std::move(a.op));
 }
 
 void World::act(Reply& a) {
@@ -202,6 +235,19 @@ void World::check_status() {
   } else if (!prepared_since_) {
     prepared_since_ = now_;
   }
+}
+
+// No write waits behind the whole queue: what is left of it drains within the longest delay.
+void World::check_sync_entry(Mode before) {
+  const Status& s = status_;
+  if (before == Mode::sync || s.mode != Mode::sync || serving_ != Serving::source) return;
+  const std::uint64_t block = std::max<std::uint64_t>(block_size_min, setup_.target.block_min);
+  const double seconds = std::chrono::duration<double>(max_delay_).count();
+  const std::uint64_t keep = std::max(setup_.engine.limits.sync_keep_min,
+                                      static_cast<std::uint64_t>(s.bytes_per_second * seconds));
+  const std::uint64_t limit = keep + target_.buffer_in_flight() + guest_.open_write_bytes(block);
+  require(s.buffered_bytes <= limit, "{} bytes are queued on entering sync, beyond {}",
+          s.buffered_bytes, limit);
 }
 
 // Rule 10's limits, and rule 1's. Checked after a tick; the slack is a tick or two.

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "mirror/engine.hpp"
 #include "test/sim/coverage.hpp"
@@ -38,7 +39,11 @@ class World {
     event.command = CommandId{++last_command_};
     commands_.emplace(event.command, OpenCommand{mirror::Event(event).index(), now_, event_});
     const CommandId id = event.command;
-    apply(std::forward<E>(event));
+    if constexpr (std::is_same_v<std::decay_t<E>, mirror::Set>) {
+      set(std::forward<E>(event));
+    } else {
+      apply(std::forward<E>(event));
+    }
     return id;
   }
   void complete_source();
@@ -83,7 +88,7 @@ class World {
 
  private:
   void act(mirror::SubmitSource& a);
-  void act(mirror::SubmitTarget& a) { target_.submit(std::move(a.op)); }
+  void act(mirror::SubmitTarget& a);
   void act(mirror::Reply& a);
   void act(mirror::OpenTarget&) { target_.open(std::exchange(another_target_, false)); }
   void act(mirror::CloseTarget&) { target_.close(now_); }
@@ -91,7 +96,10 @@ class World {
   void act(mirror::CommandDone& a);
   void act(mirror::Notice&) {}
 
+  void set(mirror::Set&& event);
+  void limit_bandwidth(std::uint64_t rate);
   void check_status();
+  void check_sync_entry(mirror::Mode before);
   void check_times();
   [[nodiscard]] bool excused(std::uint64_t unit) const;
 
@@ -115,6 +123,10 @@ class World {
   bool skip_unreadable_ = false;  // in the last migration
   bool another_target_ = false;
   std::uint64_t buffer_bytes_ = 0;
+  Duration max_delay_{0};
+  std::uint64_t bandwidth_ = 0;  // 0: no limit, or not known
+  Time limited_since_{0};
+  std::uint64_t sent_since_ = 0;
 
   std::uint64_t last_command_ = 0;
   std::map<CommandId, OpenCommand> commands_;

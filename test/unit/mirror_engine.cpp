@@ -59,6 +59,13 @@ class Rig {
     r.payload = std::move(b).freeze();
     apply(std::move(r));
   }
+  void read(ByteRange range) {
+    GuestRequest r;
+    r.id = RequestId{++last_};
+    r.command = Command::read;
+    r.range = range;
+    apply(std::move(r));
+  }
   void flush() {
     GuestRequest r;
     r.id = RequestId{++last_};
@@ -279,6 +286,57 @@ TEST_CASE("a deadline holds the copier back to what it needs") {
   CHECK(rig.status().deadline_left == seconds(28));
   copied_until(seconds(37));
   CHECK(rig.status().in_sync);
+}
+
+TEST_CASE("pacing delays writes, never reads or flushes, and no longer than its limit") {
+  MigrateOptions options = async_mode();
+  options.buffer_bytes = mib;
+  options.max_delay = milliseconds(40);
+  Rig rig(4 * mib, options);
+  rig.answer_all();
+  const auto answered = [&] { return rig.replies(); };
+  for (std::uint64_t at = 0; at < 700 * kib; at += 4 * kib) rig.write({at, at + 4 * kib});
+  rig.answer_source();
+  for (int i = 0; i < 20; ++i) rig.tick(milliseconds(10));
+  const Duration delay = rig.status().pacing_delay;
+  CHECK(delay > milliseconds(10));
+  CHECK(delay <= milliseconds(40));
+  std::size_t before = answered();
+  rig.read({0, 4 * kib});
+  rig.flush();
+  rig.answer_source();
+  CHECK(answered() == before + 2);
+  rig.write({3 * mib, 3 * mib + 4 * kib});
+  rig.answer_source();
+  CHECK(answered() == before + 2);
+  rig.tick(milliseconds(5));
+  CHECK(answered() == before + 2);
+  for (int i = 0; i < 4; ++i) rig.tick(milliseconds(10));
+  CHECK(answered() == before + 3);
+  // It is over as soon as the buffer drains: what waits is answered then.
+  rig.write({3 * mib, 3 * mib + 4 * kib});
+  rig.answer_source();
+  before = answered();
+  rig.answer_target();
+  for (int i = 0; i < 10 && rig.status().pacing_delay != Duration{0}; ++i)
+    rig.tick(milliseconds(10));
+  rig.tick(milliseconds(1));
+  CHECK(rig.status().pacing_delay == Duration{0});
+  CHECK(answered() == before + 1);
+}
+
+TEST_CASE("the copier has its share, however much the guest writes") {
+  MigrateOptions options = async_mode();
+  options.max_delay = Duration{0};
+  Rig rig(64 * mib, options);
+  std::uint64_t at = 0;
+  for (int i = 0; i < 4000 && rig.status().stale_bytes > mib; ++i) {
+    for (int n = 0; n < 8; ++n, at = (at + 4 * kib) % (64 * mib)) rig.write({at, at + 4 * kib});
+    rig.answer_source();
+    rig.answer_target(2);
+    rig.tick(milliseconds(1));
+  }
+  CHECK(rig.status().stale_bytes <= mib);
 }
 
 TEST_CASE("a target that can't be one is refused, with the reason") {
