@@ -183,7 +183,9 @@ void World::act(CommandDone& a) {
   commands_.erase(it);
   last_command_ok_ = a.ok;
   last_message_ = a.message;
-  if (command.kind == Event(Prepare{}).index() && a.ok && serving_ == Serving::source) {
+  // Once the record is being written a repeated prepare is answered without a look at the target,
+  // which may have been lost since.
+  if (command.kind == Event(Prepare{}).index() && a.ok && serving_ == Serving::source && !record_) {
     prepared_since_.reset();
     check_identical("when prepared", false, true);
   } else if (command.kind == Event(Verify{}).index()) {
