@@ -122,6 +122,10 @@ class Lines:
         return self.seen
 
 
+class Refused(AssertionError):
+    """nbdferry says no."""
+
+
 class UnixHttp(http.client.HTTPConnection):
     def __init__(self, path, seconds):
         super().__init__("nbdferry", timeout=seconds)
@@ -156,7 +160,8 @@ class Serve:
             link.request(method, path, json.dumps(body) if body else None)
             answer = link.getresponse()
             text = answer.read()
-            ferry.check(answer.status == 200, f"{path}: {answer.status} {text}")
+            if answer.status != 200:
+                raise Refused(f"{path}: {answer.status} {text}")
             return json.loads(text)
         finally:
             link.close()
@@ -179,7 +184,11 @@ class Serve:
 
     def pivot(self, seconds):
         """True: committed."""
-        self.ask("POST", "/switch", seconds, action="pivot")
+        try:
+            self.ask("POST", "/switch", seconds, action="pivot")
+        except Refused as why:
+            say(str(why))
+            return False
         return self.says.wait_for(COMMITTED, seconds) is not None
 
     def migrate_and_pivot(self, uri, seconds):
