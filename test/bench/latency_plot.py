@@ -66,7 +66,8 @@ def draw(title, series):
     every = [w for windows, _ in series.values() for w in windows]
     axes = Axes([w[0] for w in every], [w[2] for w in every] + [w[3] for w in every])
     body = list(axes.draw())
-    for i, (name, (windows, committed)) in enumerate(series.items()):
+    # The first lies on top.
+    for i, (name, (windows, committed)) in reversed(list(enumerate(series.items()))):
         colour = COLOURS[i % len(COLOURS)]
         body.append(curve(axes, [(w[0], w[3]) for w in windows], colour, 1, FAINT))
         body.append(curve(axes, [(w[0], w[2]) for w in windows], colour, 2))
