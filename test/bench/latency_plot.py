@@ -74,7 +74,7 @@ def draw(title, series):
         if committed:
             x = axes.x(committed)
             body.append(LINE.format(x, TOP, x, HEIGHT - BOTTOM, colour, ' stroke-dasharray="4 3"'))
-        x, said = LEFT + 270 * i, f"committed after {committed:.1f} s" if committed else \
+        x, said = LEFT + 255 * i, f"committed after {committed:.1f} s" if committed else \
             "never in sync"
         body.append(LINE.format(x, 38, x + 22, 38, colour, ' stroke-width="3"'))
         body.append(TEXT.format(x + 28, 42, DARK, f"{name}: {said}", ""))

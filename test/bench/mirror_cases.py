@@ -8,6 +8,9 @@ Each case runs every contender once a run, and says afterwards what came of it.
  - hang: the target stops for 5 s while writes wait for it (sync).
  - far: each read or write of the target takes 20 ms; 2,000 writes a second, open loop.
 
+A p99 is compared with the same guest's before the migration: that needs a machine with nothing else
+to do, or what else it does is what is compared with.
+
 A guest that is slowed on purpose (outrun, hang) is not measured open loop: from the time at which a
 write was due, each would seem later than the one before, without an end. There a latency counts
 from the sending, with at most 16 writes in flight, and what was not sent in time is left out.
