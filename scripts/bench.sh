@@ -7,16 +7,21 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: scripts/bench.sh [copy|link|memory|front|vm]... [--runs N] [--dir DIR]
+usage: scripts/bench.sh [copy|link|mirror|memory|front|vm]... [--runs N] [--dir DIR]
+                        [--cases LIST] [--svg FILE]
 
   copy     idle copy of a 2 GiB disk over loopback TCP to nbdkit, against nbdcopy
   link     1 GiB over a 1 Gb/s link under 2,000 random writes/s, against QEMU's mirror (needs root)
+  mirror   the mirror under load: a link, tmpfs, a guest that outruns the link, a target that hangs,
+           one that is far away, 300 pivots; against QEMU's mirror in both modes (root for the links)
   memory   resident memory under load, and how soon a disk of 16 TiB serves
   front    4 KiB reads and writes, at depth 32 and 1, against qemu-nbd and nbdkit
   vm       a guest moves, memory and disks, against QEMU's own way (needs root)
 
   --runs N   interleaved runs of each contender (default: 10, and 3 when nothing is named)
   --dir DIR  where the disks lie (default: /dev/shm; 6 GiB are needed)
+  --cases L  of mirror: only these, with commas between: link tmpfs outrun hang far pivots
+  --svg FILE of mirror: the guest's latency in the case link (default: build/bench-mirror.svg)
 
 Without a name: all of them. Each result is a line of the table at the end and a line of JSON:
 the median over the runs, the quartiles and the extremes. Contenders take turns, so that what else
@@ -26,6 +31,8 @@ USAGE
 
 names=()
 runs=
+cases=
+svg=$root/build/bench-mirror.svg
 dir=/dev/shm
 while [ $# -gt 0 ]; do
   case $1 in
@@ -33,10 +40,15 @@ while [ $# -gt 0 ]; do
       usage
       exit 0
       ;;
-    copy | link | memory | front | vm) names+=("$1") ;;
-    --runs | --dir)
+    copy | link | mirror | memory | front | vm) names+=("$1") ;;
+    --runs | --dir | --cases | --svg)
       [ $# -ge 2 ] || { usage >&2; exit 2; }
-      if [ "$1" = --runs ]; then runs=$2; else dir=$2; fi
+      case $1 in
+        --runs) runs=$2 ;;
+        --dir) dir=$2 ;;
+        --cases) cases=$2 ;;
+        --svg) svg=$2 ;;
+      esac
       shift
       ;;
     *)
@@ -47,7 +59,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ ${#names[@]} -eq 0 ]; then
-  names=(copy link memory front vm)
+  names=(copy link mirror memory front vm)
   runs=${runs:-3}
 fi
 
@@ -57,5 +69,6 @@ configure "$root/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo
 ninja -C "$root/build" -j2 --quiet nbdferry nbd_load raw_load guest_writer
 export NBDFERRY=$root/build/proxy/nbdferry NBD_LOAD=$root/build/test/bench/nbd_load
 export GUEST_WRITER=$root/build/test/vm/guest_writer GUEST_CACHE=$root/build/vm-guest
+export MIRROR_CASES=$cases MIRROR_SVG=$svg
 export RAW_LOAD=$root/build/test/bench/raw_load TMPDIR=$dir PYTHONDONTWRITEBYTECODE=1
 exec python3 "$root/test/bench/bench.py" --runs "${runs:-10}" "${names[@]}"

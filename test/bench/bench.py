@@ -2,7 +2,7 @@
 """Runs the benches that are named and prints what they found: a table, and a line of JSON for each
 result. Started by scripts/bench.sh, which builds what is measured.
 
-usage: bench.py [--runs N] copy|link|memory|front|vm...
+usage: bench.py [--runs N] copy|link|mirror|memory|front|vm...
 """
 import argparse
 import importlib
@@ -25,7 +25,8 @@ def positive(text):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=positive, default=10)
-    parser.add_argument("names", nargs="+", choices=["copy", "link", "memory", "front", "vm"])
+    parser.add_argument("names", nargs="+", choices=[
+        "copy", "link", "mirror", "memory", "front", "vm"])
     arguments = parser.parse_args()
     # So that processes, namespaces and files go in every case.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

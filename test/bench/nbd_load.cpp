@@ -2,6 +2,7 @@
 // read checked, every acknowledged write noted in a shadow file: at the end whoever owns the disk
 // must equal the shadow, byte for byte. With --rate it is open loop: a request's latency counts
 // from the time at which it was due, so that a stall can't hide the requests that it kept back.
+// With --no-catch-up it is not: for a guest that is slowed on purpose.
 //
 // What must hold: requests in flight never overlap (NBD does not order them), so at any time each
 // byte has one value that the server may answer. A write is in the shadow if it was acknowledged,
@@ -42,7 +43,9 @@ using Seconds = std::chrono::duration<double>;
 struct Options {
   std::string uri;
   std::string shadow;
-  double rate = 0;  // requests a second; 0: as fast as `depth` allows
+  std::string windows;  // empty: none
+  double rate = 0;      // requests a second; 0: as fast as `depth` allows
+  bool no_catch_up = false;
   unsigned depth = 16;
   double seconds = 0;  // 0: until a signal
   std::uint64_t seed = 1;
@@ -58,6 +61,7 @@ struct Options {
 constexpr unsigned request_bytes_max = 64 * 1024;
 constexpr unsigned sector = 512;
 constexpr double window_seconds = 0.1;
+constexpr std::chrono::milliseconds catch_up_max{2};  // with --no-catch-up: what a timer is late
 
 volatile std::sig_atomic_t stop_asked = 0;
 volatile std::sig_atomic_t phase_asked = 0;
@@ -108,16 +112,58 @@ struct Slot {
   std::vector<char> data = std::vector<char>(request_bytes_max);
 };
 
+float percentile(const std::vector<float>& sorted, double share) {
+  if (sorted.empty()) return 0;
+  return sorted[static_cast<std::size_t>(share * static_cast<double>(sorted.size() - 1))];
+}
+
+// What each 100 ms were like, in a file: when they began (steady clock, ms), answers, p99 and
+// longest latency in microseconds. A request belongs to where its answer came.
+class Windows {
+ public:
+  explicit Windows(const std::string& path) : file_(std::fopen(path.c_str(), "we")) {
+    if (!file_) throw std::runtime_error(fmt::format("{}: {}", path, std::strerror(errno)));
+  }
+  void count(float latency_us, Clock::time_point now) {
+    for (; now >= begin_ + length; begin_ += length) print();
+    latencies_us_.push_back(latency_us);
+  }
+  void end() { print(); }
+
+ private:
+  static constexpr std::chrono::milliseconds length{100};
+  struct Close {
+    void operator()(std::FILE* f) const { std::fclose(f); }
+  };
+
+  void print() {
+    std::sort(latencies_us_.begin(), latencies_us_.end());
+    const auto at =
+        std::chrono::duration_cast<std::chrono::milliseconds>(begin_.time_since_epoch());
+    fmt::print(file_.get(), "{} {} {:.1f} {:.1f}\n", at.count(), latencies_us_.size(),
+               percentile(latencies_us_, 0.99), percentile(latencies_us_, 1));
+    latencies_us_.clear();
+  }
+
+  std::unique_ptr<std::FILE, Close> file_;
+  Clock::time_point begin_ = Clock::now();
+  std::vector<float> latencies_us_;
+};
+
 // What one phase was like.
 struct Phase {
   Clock::time_point begin = Clock::now();
+  Clock::time_point answered_at = begin;  // the last time, if only in the phase before
+  Clock::duration longest_gap{0};         // between two answers in a row
   std::vector<float> latencies_us;
   std::vector<unsigned> per_window;
   std::uint64_t reads = 0;
   std::uint64_t writes = 0;
 
-  void count(const Slot& slot, Clock::time_point now) {
-    latencies_us.push_back(std::chrono::duration<float, std::micro>(now - slot.due).count());
+  void count(const Slot& slot, float latency_us, Clock::time_point now) {
+    longest_gap = std::max(longest_gap, now - answered_at);
+    answered_at = now;
+    latencies_us.push_back(latency_us);
     const auto window = static_cast<std::size_t>(Seconds(now - begin).count() / window_seconds);
     if (per_window.size() <= window) per_window.resize(window + 1);
     ++per_window[window];
@@ -125,20 +171,19 @@ struct Phase {
   }
 
   void print(const char* name) {
-    const double seconds = Seconds(Clock::now() - begin).count();
+    const auto now = Clock::now();
+    const double seconds = Seconds(now - begin).count();
+    longest_gap = std::max(longest_gap, now - answered_at);
     std::sort(latencies_us.begin(), latencies_us.end());
-    const auto percentile = [this](double share) {
-      if (latencies_us.empty()) return 0.0F;
-      return latencies_us[static_cast<std::size_t>(share *
-                                                   static_cast<double>(latencies_us.size() - 1))];
-    };
     per_window.resize(static_cast<std::size_t>(seconds / window_seconds));  // whole ones
     const auto worst = std::min_element(per_window.begin(), per_window.end());
     fmt::print(
         "{{\"phase\":\"{}\",\"seconds\":{:.3f},\"reads\":{},\"writes\":{},\"iops\":{:.1f},"
-        "\"p50_us\":{:.1f},\"p99_us\":{:.1f},\"max_us\":{:.1f},\"worst_100ms\":{}}}\n",
+        "\"p50_us\":{:.1f},\"p99_us\":{:.1f},\"max_us\":{:.1f},\"worst_100ms\":{},"
+        "\"longest_gap_us\":{:.1f}}}\n",
         name, seconds, reads, writes, static_cast<double>(latencies_us.size()) / seconds,
-        percentile(0.5), percentile(0.99), percentile(1), worst == per_window.end() ? 0 : *worst);
+        percentile(latencies_us, 0.5), percentile(latencies_us, 0.99), percentile(latencies_us, 1),
+        worst == per_window.end() ? 0 : *worst, Seconds(longest_gap).count() * 1e6);
     std::fflush(stdout);
   }
 };
@@ -154,6 +199,7 @@ class Load {
     size_ = static_cast<std::uint64_t>(size);
     shadow_ = std::make_unique<Shadow>(options_.shadow, size_);
     slots_.resize(options_.depth);
+    if (!options_.windows.empty()) windows_ = std::make_unique<Windows>(options_.windows);
   }
 
   // True: all was as it must be.
@@ -169,13 +215,16 @@ class Load {
       if (phase_asked) {
         phase_asked = 0;
         phase_.print("part");
+        const auto answered_at = phase_.answered_at;
         phase_ = Phase{};
+        phase_.answered_at = answered_at;
       }
       if (!draining_) issue();
       wait();
       harvest();
     }
     phase_.print("last");
+    if (windows_) windows_->end();
     if (options_.compare && failures_ == 0) compare();
     return failures_ == 0;
   }
@@ -205,7 +254,8 @@ class Load {
       if (!choose(slot)) return;
       slot.due = now;
       if (options_.rate > 0) {
-        slot.due = next_due_;
+        if (options_.no_catch_up) next_due_ = std::max(next_due_, now - catch_up_max);
+        slot.due = options_.no_catch_up ? now : next_due_;
         next_due_ += std::chrono::duration_cast<Clock::duration>(Seconds(1 / options_.rate));
       }
       submit(slot);
@@ -322,7 +372,9 @@ class Load {
                             slot.length, slot.offset, std::strerror(slot.error)));
       } else {
         settle(slot);
-        phase_.count(slot, now);
+        const float latency_us = std::chrono::duration<float, std::micro>(now - slot.due).count();
+        phase_.count(slot, latency_us, now);
+        if (windows_) windows_->count(latency_us, now);
       }
     }
   }
@@ -368,6 +420,7 @@ class Load {
   Clock::time_point begin_;
   Clock::time_point next_due_;
   Phase phase_;
+  std::unique_ptr<Windows> windows_;
 };
 
 }  // namespace
@@ -378,6 +431,10 @@ int main(int argc, char** argv) {
   app.add_option("--uri", options.uri)->required();
   app.add_option("--shadow", options.shadow, "What the disk holds; kept up to date")->required();
   app.add_option("--rate", options.rate, "Requests a second, open loop; 0: closed loop");
+  app.add_flag("--no-catch-up", options.no_catch_up,
+               "With --rate: what could not be sent in time is left out, and a latency counts from "
+               "when it was sent");
+  app.add_option("--windows", options.windows, "A file for what each 100 ms were like");
   app.add_option("--depth", options.depth)->check(CLI::Range(1U, 256U));
   app.add_option("--seconds", options.seconds, "0: until SIGTERM or SIGINT");
   app.add_option("--seed", options.seed);

@@ -145,10 +145,10 @@ def wire(namespaces, ends, addresses):
         run_ok(["ip", "-n", namespace, "link", "set", "lo", "up"])
 
 
-def limit_rate(namespace, end, rate):
-    """What leaves by this end, with a queue of 50 ms."""
+def limit_rate(namespace, end, rate, latency="50ms"):
+    """What leaves by this end, with a queue of that length."""
     run_ok(["tc", "-n", namespace, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate,
-            "burst", "256kb", "latency", "50ms"])
+            "burst", "256kb", "latency", latency])
 
 
 def same(a, b, what):

@@ -1,0 +1,127 @@
+"""What the benches of a migration share: a wire of 1 Gb/s between two hosts, a guest whose time is
+cut into phases, and QEMU's mirror, with the same commands as measure.Serve.
+"""
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import ferry
+from measure import Lines
+
+LINK_BYTES_PER_SECOND = 1e9 / 8
+TARGET_HOST = "10.77.1.2"
+
+
+@contextlib.contextmanager
+def link(queue="50ms"):
+    """Two hosts and a wire of 1 Gb/s between them: yields (source's prefix, target's prefix)."""
+    names = [f"nbdferry-{side}-{os.getpid()}" for side in ("src", "dst")]
+    ends = [f"nf{side}{os.getpid()}" for side in ("s", "d")]
+    try:
+        for name in names:
+            ferry.run_ok(["ip", "netns", "add", name])
+        ferry.wire(names, ends, ["10.77.1.1/24", f"{TARGET_HOST}/24"])
+        ferry.limit_rate(names[0], ends[0], "1gbit", queue)
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            ferry.run(["ip", "netns", "del", name])
+
+
+class Guest:
+    """Writes until the end, and knows what; its time is cut into phases."""
+
+    def __init__(self, scratch, uri, disk, *options, rate=0, depth=16, size=4096):
+        """disk: a file that holds what the disk holds now."""
+        self.scratch = scratch
+        self.shadow = scratch.file("shadow.img")
+        ferry.run_ok(["cp", disk, self.shadow])
+        self.process = scratch.start("guest", [
+            ferry.NBD_LOAD, "--uri", uri, "--shadow", self.shadow, "--rate", str(rate),
+            "--depth", str(depth), "--bytes", str(size), *options],
+            stdout=subprocess.PIPE, text=True)
+        self.says = Lines(self.process.stdout)
+
+    def phase(self):
+        """Ends one phase, begins the next; what the ended one was like."""
+        ferry.check(self.process.poll() is None, "the guest ended: " + self.scratch.log("guest"))
+        self.process.send_signal(signal.SIGUSR1)
+        return json.loads(self.says.wait_for("phase", 10)[1])
+
+    def end(self):
+        self.process.send_signal(signal.SIGTERM)
+        last = json.loads(self.says.wait_for("last", 20)[1])
+        ferry.check(self.process.wait(20) == 0,
+                    "the guest saw errors: " + self.scratch.log("guest"))
+        return last
+
+
+def guest_text(out, phases):
+    """One line of what the guest saw in each phase."""
+    return ", ".join(
+        f"{name} {p['iops']:.0f}/s p99 {p['p99_us'] / 1000:.2f} ms max {p['max_us'] / 1000:.1f} ms "
+        f"worst 100 ms {p['worst_100ms']}" for name, p in ((n, out[n]) for n in phases))
+
+
+class Qemu:
+    """qemu-storage-daemon in front of the disk, and its mirror job."""
+
+    def __init__(self, scratch, disk, prefix=(), mode="background"):
+        self.mode = mode
+        front, monitor = scratch.file("qemu.sock"), scratch.file("qmp.sock")
+        self.uri = ferry.unix_uri(front)
+        self.scratch = scratch
+        self.process = scratch.start("qemu", [
+            *prefix, "qemu-storage-daemon",
+            "--blockdev", f"driver=file,node-name=file,filename={disk},aio=io_uring",
+            "--blockdev", "driver=raw,node-name=source,file=file",
+            "--nbd-server", f"addr.type=unix,addr.path={front}",
+            "--export", "type=nbd,id=export,node-name=source,name=,writable=on",
+            "--chardev", f"socket,id=qmp,path={monitor},server=on,wait=off",
+            "--monitor", "chardev=qmp"])
+        ferry.wait_until(lambda: ferry.accepts(front) and os.path.exists(monitor), "QEMU")
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(monitor)
+        self.says = Lines(self.socket.makefile("r"))
+        self.says.wait_for("QMP", 10)
+        self.call("qmp_capabilities")
+
+    def call(self, command, **arguments):
+        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            _, line = self.says.wait_for('"', 20)
+            answer = json.loads(line)
+            ferry.check("error" not in answer, f"QEMU: {command}: {line}")
+            if "return" in answer:
+                return
+
+    def mirror(self, uri, seconds):
+        """Seconds from the command's start until the mirror is ready, or None."""
+        host, port = uri.removeprefix("nbd://").split(":")
+        begin = time.monotonic()
+        self.call("blockdev-add", driver="nbd", **{"node-name": "target"},
+                  server={"type": "inet", "host": host, "port": port})
+        self.call("blockdev-mirror", **{"job-id": "mirror", "device": "source", "target": "target",
+                                        "sync": "full", "copy-mode": self.mode})
+        ready = self.says.wait_for("BLOCK_JOB_READY", seconds)
+        return ready[0] - begin if ready else None
+
+    def pivot(self, seconds):
+        """True: the target serves."""
+        self.call("block-job-complete", device="mirror")
+        return self.says.wait_for("BLOCK_JOB_COMPLETED", seconds) is not None
+
+    def migrate_and_pivot(self, uri, seconds):
+        """Seconds from the command's start until the target serves, or None."""
+        begin = time.monotonic()
+        if self.mirror(uri, seconds) is None or not self.pivot(seconds):
+            return None
+        return time.monotonic() - begin
+
+    def stop(self):
+        self.socket.close()
+        self.scratch.stop(self.process)
