@@ -23,6 +23,10 @@ class BulkWindow {
   // The target answered a write that was sent so long ago.
   void answered(Duration took) { fastest_ = std::min(fastest_, took); }
 
+  // Zero while nothing is known.
+  [[nodiscard]] Duration fastest() const {
+    return fastest_ == Duration::max() ? Duration{0} : fastest_;
+  }
   // For a path that carries so many bytes a second.
   [[nodiscard]] std::uint64_t bytes(double bytes_per_second) const {
     if (fastest_ == Duration::max()) return bytes_min_;

@@ -9,7 +9,8 @@ namespace nbdferry::mirror {
 
 namespace {
 
-constexpr std::size_t copies_max = 64;
+constexpr std::size_t copies_max = 128;
+constexpr int starts_max = 2;
 constexpr Duration unreadable_retry = std::chrono::seconds(2);
 constexpr std::uint64_t hole_growth = 4;
 // The hint looks this many probes ahead, so that a sparse disk does not wait for one at each probe.
@@ -31,8 +32,11 @@ bool is_zero(std::span<const std::byte> bytes) {
 
 void Copier::start_copies() {
   const std::uint64_t ahead = m_.read_ahead();
-  while (!idle_ && m_.map().stale_bytes() != 0 && copies_.size() < copies_max && cost_ < ahead &&
-         (reading_bytes_ == 0 || reading_bytes_ < m_.read_share())) {
+  // A few at a time: the others begin when these have been answered.
+  for (int i = 0;
+       i < starts_max && !idle_ && m_.map().stale_bytes() != 0 && copies_.size() < copies_max &&
+       cost_ < ahead && (reading_bytes_ == 0 || reading_bytes_ < m_.read_share());
+       ++i) {
     if (!start_one()) return;
   }
 }
@@ -174,7 +178,7 @@ bool Copier::start_one() {
   after_data_ = !hole;
   if (hole_bytes_ == 0) hole_bytes_ = limits.zero_piece_bytes;
   const std::uint64_t length_max =
-      hole ? std::min(hole_bytes_, limits.probe_bytes) : limits.copy_bytes;
+      hole ? std::min(hole_bytes_, limits.probe_bytes) : m_.copy_bytes();
   if (range.length() > length_max) {
     const std::uint64_t border = (range.begin + length_max) / chunk_size * chunk_size;
     range.end = border > range.begin ? border : range.begin + length_max;
@@ -370,8 +374,16 @@ void Copier::target_status(Copy& c, ByteRange range, const std::vector<Extent>& 
       all_zero ? std::min(hole_bytes_ * hole_growth, limits.probe_bytes) : limits.zero_piece_bytes;
 }
 
-const CopyPiece* Copier::next_piece() {
+void Copier::hurry(OpId copy) {
+  Copy& c = *find(copy);
+  if (!c.hurried) ++hurried_;
+  c.hurried = true;
+}
+
+const CopyPiece* Copier::next_piece(bool waited_for) {
+  if (waited_for && hurried_ == 0) return nullptr;
   for (auto it = copies_.begin(); it != copies_.end(); ++it) {
+    if (waited_for && !it->hurried) continue;
     for (std::size_t i = 0; i < it->pieces.size(); ++i) {
       if (m_.in_flight().conflict(it->pieces[i].range)) continue;
       next_from_ = it;
@@ -449,6 +461,7 @@ void Copier::finish_if_done(Copies::iterator it) {
     (void)forget_unreadable(r);
   }
   cost_ -= c.cost;
+  if (c.hurried) --hurried_;
   const OpId id = c.id;
   copies_.erase(it);
   m_.queue().unpark(id);

@@ -48,8 +48,11 @@ class Copier {
   // These blocks became stale: forget what is under way for them.
   void discard(ByteRange blocks);
 
-  // The first piece that may go to the target now and conflicts with nothing in flight.
-  [[nodiscard]] const CopyPiece* next_piece();
+  // The first piece that may go to the target now and conflicts with nothing in flight; `waited_for`:
+  // only of copies that were hurried.
+  [[nodiscard]] const CopyPiece* next_piece(bool waited_for);
+  // A guest's write waits for this copy.
+  void hurry(OpId copy);
   CopyPiece take_piece();  // the one that next_piece() returned
 
   // The copy that has `range` armed: a mirrored write waits for it.
@@ -78,6 +81,7 @@ class Copier {
     std::deque<CopyPiece> pieces;
     std::uint32_t in_flight = 0;
     std::uint64_t cost = 0;  // bytes of the copier's window
+    bool hurried = false;
   };
   struct Unreadable {
     std::uint64_t end = 0;
@@ -109,6 +113,7 @@ class Copier {
   Migration& m_;
   Copies copies_;
   std::uint64_t cost_ = 0;
+  std::size_t hurried_ = 0;          // copies
   std::uint64_t reading_bytes_ = 0;  // from the source
   std::uint64_t cursor_ = 0;
   bool hot_too_ = false;     // there is nothing else

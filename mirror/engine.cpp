@@ -447,6 +447,10 @@ void Engine::apply(Event&& event, Time now, Actions& out) {
 }
 Status Engine::status() const { return state_->status(); }
 const Counters& Engine::counters() const { return state_->counters(); }
+bool Engine::nobody_waits_for(OpId op) {
+  const OpKind kind = Context::kind_of(op);
+  return kind == OpKind::copy || kind == OpKind::hint || kind == OpKind::verify;
+}
 bool Engine::wants_ticks() const { return state_->wants_ticks(); }
 std::uint64_t Engine::open_requests() const { return state_->open_requests(); }
 void Engine::check_invariants() const { state_->check_invariants(); }

@@ -68,6 +68,7 @@ struct Status {
   std::uint64_t held_requests = 0;
   double bytes_per_second = 0;      // what the target has been answering lately
   double new_bytes_per_second = 0;  // what the guest has been adding for it
+  Duration target_silent{0};        // so long it has not answered anything, though it was asked
   Duration pacing_delay{0};         // of each write of the guest's
   std::optional<Duration> deadline_left;
   double needed_bytes_per_second = 0;  // to be in sync by the deadline; 0 when it is over
@@ -109,6 +110,10 @@ class Engine {
 
   [[nodiscard]] Status status() const;
   [[nodiscard]] const Counters& counters() const;
+
+  // An operation for whose answer nobody waits: a copy's, a hint's, the verifier's. The edge may put
+  // such an answer off for a little, so that the guest's requests are not behind a row of them.
+  [[nodiscard]] static bool nobody_waits_for(OpId op);
 
   // True while time matters to it (a migration exists, or the target serves).
   [[nodiscard]] bool wants_ticks() const;

@@ -10,6 +10,7 @@ namespace {
 constexpr std::size_t leaves_base = 256 * 1024;  // about 14 MiB of leaves for any disk …
 constexpr std::uint64_t chunks_per_leaf = 64;    // … and 14 MiB more per TiB
 constexpr Duration close_wait = std::chrono::seconds(1);
+constexpr Duration fallback_wait_max = std::chrono::minutes(1);
 constexpr Duration silence_max = std::chrono::milliseconds(200);
 
 }  // namespace
@@ -33,7 +34,8 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, con
       read_share_(context.config.limits.copy_bytes, context.config.limits.copy_window_bytes),
       start_command_(start.command),
       policy_(context.config.limits.auto_dwell),
-      mode_(mode_to_be()) {
+      mode_(mode_to_be()),
+      fallback_wait_(context.config.limits.auto_dwell) {
   bandwidth_.set_rate(options_.bandwidth);
   deadline_.set(options_.deadline, context.now);
   context_.out->emplace_back(OpenTarget{});
@@ -254,35 +256,47 @@ void Migration::expire_sync_waits() {
     for (const auto& r : blocks) mark_stale(r, "a sync write timed out");
     release_waiter(op);
     switchover_.give_up("the target did not answer a sync write in time");
-    if (mode_ == Mode::sync) {
-      fallback_ = true;
-      policy_.entered(Mode::async, context_.now);
-      enter_mode(Mode::async, "the target did not answer a sync write in time");
-    }
+    if (mode_ == Mode::sync) fall_back();
   }
 }
 
+void Migration::fall_back() {
+  fallback_ = true;
+  fallback_until_ = context_.now + fallback_wait_;
+  fallback_wait_ = std::min(fallback_wait_ * 2, fallback_wait_max);
+  policy_.entered(Mode::async, context_.now);
+  enter_mode(Mode::async, "the target did not answer a sync write in time");
+}
+
+// When the debt has drained; or, since a guest that outruns the target would never let it, after a
+// while, a longer one each time.
 void Migration::leave_fallback() {
-  if (!fallback_ || !no_debt()) return;
+  if (!fallback_) return;
+  const bool drained = no_debt();
+  if (!drained && (context_.now < fallback_until_ || !target_answers())) return;
+  if (drained) fallback_wait_ = context_.config.limits.auto_dwell;
   fallback_ = false;
   if (switchover_.state() == Switchover::State::none) {
-    enter_mode(mode_to_be(), "the debt has drained");
+    enter_mode(mode_to_be(), drained ? "the debt has drained" : "the target answers again");
   }
+}
+
+bool Migration::target_answers() const {
+  return link_up_ && (in_flight_.empty() || context_.now - answered_at_ < silence_max);
 }
 
 // Which mode, and how much pacing.
 void Migration::steer() {
-  const bool free = mirroring() && switchover_.state() == Switchover::State::none && !fallback_;
+  const bool free = mirroring() && switchover_.state() == Switchover::State::none;
   const bool overflowed = std::exchange(overflowed_, false);
   if (!free) {
     pacer_.stop();
     return;
   }
-  if (options_.mode == Mode::automatic) {
-    const bool answers = in_flight_.empty() || context_.now - answered_at_ < silence_max;
+  if (options_.mode == Mode::automatic && !fallback_) {
     const bool caught_up = queue_.debts() == 0 && in_flight_.debts() == 0;
     const auto change =
-        policy_.decide(context_.now, {buffer_used(), overflowed, answers, caught_up});
+        policy_.decide(context_.now, {buffer_used(), overflowed, target_answers(), caught_up});
     if (change) {
       ++context_.counters.mode_changes;
       enter_mode(change->mode, change->reason);
@@ -310,12 +324,13 @@ void Migration::tick() {
   expire_suspects();
   if (!ended_) {
     // What a limit of ours lets through says nothing of what the target could take.
-    rate_.tick(context_.now, (!queue_.empty() || copier_.active()) && !throttled_);
-    throttled_ = false;
+    const bool throttled_before = std::exchange(throttled_, false);
+    rate_.tick(context_.now, (!queue_.empty() || copier_.active()) && !throttled_before);
     if (heat_) heat_->tick(context_.now);
     read_share_.tick(context_.now);
     deadline_share_.set_rate(
         static_cast<std::uint64_t>(deadline_.allowed(stale_bytes(), context_.now)));
+    copy_rate_.tick(context_.now, copier_.active() && !throttled_before);
     new_debt_.tick(context_.now, true);
     expire_sync_waits();
     leave_fallback();
@@ -359,6 +374,11 @@ std::uint64_t Migration::stale_bytes() const {
   return map_->stale_bytes() - unreadable;
 }
 
+std::uint64_t Migration::debt_bytes() const {
+  if (!map_) return stale_bytes();
+  return stale_bytes() + map_->armed_bytes() + queue_.bytes() + in_flight_.buffer_bytes();
+}
+
 bool Migration::no_debt() const {
   if (!map_ || stale_bytes() != 0 || map_->armed_bytes() != 0) return false;
   if (queue_.debts() != 0 || in_flight_.debts() != 0) return false;
@@ -375,8 +395,7 @@ void Migration::update_in_sync() {
     in_sync_ = false;
     return;
   }
-  const std::uint64_t debt =
-      stale_bytes() + map_->armed_bytes() + queue_.bytes() + in_flight_.buffer_bytes();
+  const std::uint64_t debt = debt_bytes();
   // Nothing is known of the rate in the first moments: then what may always be under way.
   const double rate = rate_.bytes_per_second();
   const double drain = rate == 0
@@ -452,6 +471,9 @@ void Migration::report(Status& s) const {
   s.holding = holds_writes();
   s.bytes_per_second = rate_.bytes_per_second();
   s.new_bytes_per_second = new_debt_.bytes_per_second();
+  Time asked = context_.now;
+  in_flight_.for_each([&](const TargetOp& op) { asked = std::min(asked, op.sent_at); });
+  s.target_silent = context_.now - std::max(asked, std::min(answered_at_, context_.now));
   s.pacing_delay = pacing_delay();
   if (deadline_.given()) s.deadline_left = deadline_.left(context_.now);
   s.needed_bytes_per_second = deadline_.needed(s.stale_bytes + s.copying_bytes, context_.now);

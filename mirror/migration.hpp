@@ -61,7 +61,10 @@ class Migration {
     if (map_ && !ended_) copier_.source_progress();
   }
   // The local disk answered a guest's read or write.
-  void guest_waited(Duration took) { read_share_.guest_waited(took); }
+  void guest_waited(Duration took) {
+    read_share_.guest_waited(took);
+    guest_at_ = context_.now;
+  }
   // A flush or a FUA write has been answered: what comes later must not be on the target before it.
   void barrier();
   // What the ranges of running guest writes are widened to.
@@ -107,6 +110,8 @@ class Migration {
   void mark_stale(ByteRange blocks, const char* why);
   // Stale bytes that stand between us and the end: without what can't be read and may be skipped.
   [[nodiscard]] std::uint64_t stale_bytes() const;
+  // These, and what is on its way to the target.
+  [[nodiscard]] std::uint64_t debt_bytes() const;
   // Stale or acknowledged and not answered by the target (DESIGN.md, "debt"): is there none at all?
   [[nodiscard]] bool no_debt() const;
   [[nodiscard]] bool has_suspects() const { return !suspects_.empty(); }
@@ -132,6 +137,9 @@ class Migration {
   // How much the copier may have armed at once: what the paths carry soon. A guest's write to an armed
   // block waits for its copy.
   [[nodiscard]] std::uint64_t read_ahead() const;
+  // How long a copy of data is. Reading and sending it keeps the guest's requests waiting: while there
+  // are any it is shorter, unless the paths carry that in no time.
+  [[nodiscard]] std::uint64_t copy_bytes() const;
   // What the copier may have the local disk read at once.
   [[nodiscard]] std::uint64_t read_share() const { return read_share_.bytes(); }
   // Does the target's block status tell what it holds? Not when a flush has failed: what that gave
@@ -157,7 +165,9 @@ class Migration {
   void mark_unflushed_stale(const char* why);
   void expire_suspects();
   void expire_sync_waits();
+  void fall_back();
   void leave_fallback();
+  [[nodiscard]] bool target_answers() const;
   // The memory that mirrored writes take until they are answered; and as a part of what they may.
   [[nodiscard]] std::uint64_t buffer_held() const {
     return queue_.storage_bytes() + in_flight_.buffer_bytes();
@@ -188,7 +198,9 @@ class Migration {
   bool dispatch_mirrored();
   [[nodiscard]] bool can_merge(const MirrorEntry& first, const MirrorEntry& next) const;
   void merge_adjacent(MirrorEntry& entry);
-  bool dispatch_copy();
+  // Whose turn it is decides how much room it needs.
+  enum class Turn : std::uint8_t { waited_for, its_share, rest };
+  bool dispatch_copy(Turn turn);
   bool dispatch_verify();
   void maybe_flush();
   void mirrored_done(const TargetOp& op, IoError error);
@@ -213,12 +225,14 @@ class Migration {
   Switchover switchover_;
   std::unordered_map<OpId, ReadBack> read_backs_;
   RateMeter rate_;
-  RateMeter new_debt_;  // what the guest adds
+  RateMeter copy_rate_;  // the copier's part of it
+  RateMeter new_debt_;   // what the guest adds
   BulkWindow bulk_window_;
   TokenBucket bandwidth_;
   TokenBucket deadline_share_;  // of the copier
   Deadline deadline_;
   ReadShare read_share_;
+  Time guest_at_{0};  // its last request
 
   std::optional<CommandId> start_command_;
   std::uint64_t start_barrier_ = 0;  // guest writes that arrived up to this op end before it starts
@@ -241,6 +255,8 @@ class Migration {
   Time answered_at_{0};      // the target's last answer
   Mode mode_;
   bool fallback_ = false;  // async for now, because a sync write timed out
+  Duration fallback_wait_;
+  Time fallback_until_{0};
   std::string mode_reason_ = "as asked";
   std::string last_error_;
 

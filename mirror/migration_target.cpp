@@ -10,7 +10,9 @@ namespace {
 // Of the bytes on the wire the copier gets at least one in four, so that the end comes nearer.
 constexpr std::uint64_t mirrored_per_copied = 3;
 constexpr std::uint64_t copy_credit_max = 4ULL * 1024 * 1024;
-constexpr double read_ahead_seconds = 0.05;
+constexpr Duration guest_idle = std::chrono::milliseconds(100);
+constexpr Duration copy_time = std::chrono::microseconds(500);
+constexpr Duration read_ahead_time = std::chrono::milliseconds(50);
 constexpr std::uint64_t read_ahead_copies_min = 4;
 constexpr std::size_t unflushed_runs_max = 64 * 1024;
 constexpr Duration error_backoff = std::chrono::milliseconds(100);
@@ -30,20 +32,31 @@ std::uint64_t Migration::piece_bytes(Command command) const {
 
 std::uint64_t Migration::read_ahead() const {
   const Limits& limits = context_.config.limits;
-  const double rate = rate_.bytes_per_second();
+  const double rate = copy_rate_.bytes_per_second();
   if (rate == 0) return limits.copy_window_bytes;
-  const auto soon = static_cast<std::uint64_t>(rate * read_ahead_seconds);
+  const double seconds =
+      std::chrono::duration<double>(bulk_window_.fastest() + read_ahead_time).count();
+  const auto soon = static_cast<std::uint64_t>(rate * seconds);
   return std::min(limits.copy_window_bytes,
                   std::max(soon, read_ahead_copies_min * limits.copy_bytes));
+}
+
+std::uint64_t Migration::copy_bytes() const {
+  const std::uint64_t most = context_.config.limits.copy_bytes;
+  const double carried =
+      copy_rate_.bytes_per_second() * std::chrono::duration<double>(copy_time).count();
+  const bool idle = guest_at_ == Time{0} || context_.now - guest_at_ > guest_idle;
+  return idle || carried >= static_cast<double>(most) ? most : std::max(chunk_size, most / 2);
 }
 
 void Migration::dispatch() {
   if (!link_up_) return;
   for (;;) {
     const bool copies_first = copy_credit_ >= context_.config.limits.copy_bytes;
-    if (copies_first && dispatch_copy()) continue;
+    if (dispatch_copy(Turn::waited_for)) continue;
+    if (copies_first && dispatch_copy(Turn::its_share)) continue;
     if (dispatch_mirrored()) continue;
-    if (dispatch_copy()) continue;
+    if (dispatch_copy(Turn::rest)) continue;
     if (dispatch_verify()) continue;
     return;
   }
@@ -64,6 +77,7 @@ bool Migration::dispatch_mirrored() {
     if (map_->any(blocks, BlockState::armed) && !NBDFERRY_MUTANT(mirrored_overtakes_copy)) {
       const auto copy = copier_.holder(blocks);
       NBDFERRY_ASSERT(copy.has_value(), "an armed block without a copy");
+      if (e->waiter) copier_.hurry(*copy);
       queue_.park_next(*copy);
       continue;
     }
@@ -146,16 +160,18 @@ void Migration::merge_adjacent(MirrorEntry& entry) {
   entry = std::move(grown);
 }
 
-bool Migration::dispatch_copy() {
-  const CopyPiece* next = copier_.next_piece();
+bool Migration::dispatch_copy(Turn turn) {
+  const CopyPiece* next = copier_.next_piece(turn == Turn::waited_for);
   if (next == nullptr) {
-    copy_credit_ = 0;
+    if (turn == Turn::rest) copy_credit_ = 0;
     return false;
   }
   const bool data =
       next->command == Command::write || (next->command == Command::zero && !info_.can_zero);
   const std::uint64_t bytes = data ? next->range.length() : 0;
-  if (!has_room_for_bulk(bytes)) return false;
+  // The bulk window is for what can wait. Small mirrored writes would take each place in it as it
+  // becomes free, and the copier's share would be nothing.
+  if (!(turn == Turn::rest ? has_room_for_bulk(bytes) : in_flight_.has_room(bytes))) return false;
   if (bytes != 0 && !(bandwidth_.may_send() && deadline_share_.may_send())) {
     throttled_ = true;
     return false;
@@ -254,6 +270,7 @@ void Migration::target_done(TargetDone&& event) {
     errors_in_row_ = 0;
     if (wrote) {
       rate_.add(op.window_bytes);
+      if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
       if (op.window_bytes != 0) bulk_window_.answered(context_.now - op.sent_at);
       if (info_.can_flush) unflushed_.written(*map_, op.range);
     }

@@ -36,7 +36,7 @@ std::string Switchover::obstacle() const {
            " more";
   }
   if (!m_.in_sync()) {
-    return "not in sync yet: " + std::to_string(m_.stale_bytes()) + " bytes to go";
+    return "not in sync yet: " + std::to_string(m_.debt_bytes()) + " bytes to go";
   }
   return {};
 }

@@ -1,6 +1,8 @@
 // Export: the loop around the core, and what its actions mean outside.
 #include "proxy/export.hpp"
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 #include <variant>
@@ -17,6 +19,7 @@ namespace nbdferry::proxy {
 namespace {
 
 constexpr Duration tick_period = std::chrono::milliseconds(5);
+constexpr Duration guest_idle = std::chrono::milliseconds(50);
 
 mirror::Serving serving_for(Role role) {
   const bool ours = role == Role::owner || role == Role::incoming;
@@ -92,8 +95,48 @@ Time ExportImpl::now() const {
 // --- the loop ---
 
 void ExportImpl::post(mirror::Event&& event) {
-  events_.push_back(std::move(event));
+  enqueue(std::move(event));
   drain();
+}
+
+// A copy's answer brings work with it: what it read is sent, and more is read. So these come one in a
+// turn of the loop, and what the guest asks meanwhile gets in between; all at once while it asks nothing.
+void ExportImpl::enqueue(mirror::Event&& event) {
+  std::optional<OpId> answered;
+  if (const auto* done = std::get_if<mirror::SourceDone>(&event)) answered = done->id;
+  if (const auto* done = std::get_if<mirror::TargetDone>(&event)) answered = done->id;
+  if (std::holds_alternative<mirror::GuestRequest>(event)) guest_asked_at_ = now();
+  if (answered && mirror::Engine::nobody_waits_for(*answered)) {
+    later_.push_back(std::move(event));
+    post_turn();
+    return;
+  }
+  // What the target says of itself comes after its answers.
+  const bool of_link = std::holds_alternative<mirror::TargetUp>(event) ||
+                       std::holds_alternative<mirror::TargetWindow>(event) ||
+                       std::holds_alternative<mirror::TargetLost>(event) ||
+                       std::holds_alternative<mirror::TargetRefused>(event) ||
+                       std::holds_alternative<mirror::TargetClosed>(event);
+  if (of_link) {
+    std::move(later_.begin(), later_.end(), std::back_inserter(events_));
+    later_.clear();
+  }
+  events_.push_back(std::move(event));
+}
+
+void ExportImpl::post_turn() {
+  if (turn_posted_) return;
+  turn_posted_ = true;
+  boost::asio::post(io_, [this] {
+    turn_posted_ = false;
+    const bool idle = now() - guest_asked_at_ > guest_idle;
+    for (std::size_t left = idle ? later_.size() : 1; left > 0 && !later_.empty(); --left) {
+      events_.push_back(std::move(later_.front()));
+      later_.pop_front();
+    }
+    if (!later_.empty()) post_turn();
+    drain();
+  });
 }
 
 void ExportImpl::drain() {
@@ -119,7 +162,7 @@ void ExportImpl::perform() {
 
 void ExportImpl::on(mirror::SubmitSource&& a) {
   mirror::SourceDone done;
-  if (disk_->submit(std::move(a.op), done)) events_.emplace_back(std::move(done));
+  if (disk_->submit(std::move(a.op), done)) enqueue(std::move(done));
 }
 
 void ExportImpl::on(mirror::SubmitTarget&& a) { target_->submit(std::move(a.op)); }

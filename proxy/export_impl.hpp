@@ -54,6 +54,8 @@ class ExportImpl final : public Export {
   };
 
   void post(mirror::Event&& event);
+  void enqueue(mirror::Event&& event);
+  void post_turn();
   void drain();
   void perform();
   void on(mirror::SubmitSource&& a);
@@ -94,6 +96,9 @@ class ExportImpl final : public Export {
   std::string migration_id_;
 
   std::deque<mirror::Event> events_;
+  std::deque<mirror::Event> later_;  // answers that nobody waits for: one in a turn of the loop
+  bool turn_posted_ = false;
+  Time guest_asked_at_{0};
   mirror::Actions actions_;
   bool draining_ = false;
 

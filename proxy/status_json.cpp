@@ -143,6 +143,7 @@ json::object status_to_json(const ExportStatus& status) {
   write_fields(o, core_flags, core);
   o["bytes_per_second"] = core.bytes_per_second;
   o["new_bytes_per_second"] = core.new_bytes_per_second;
+  o["target_silent_seconds"] = seconds_of(core.target_silent);
   o["quarantine_seconds"] = seconds_of(core.quarantine_left);
   o["eta_seconds"] = status.eta_seconds ? json::value(*status.eta_seconds) : json::value(nullptr);
   o["deadline_seconds"] =
@@ -175,6 +176,7 @@ ExportStatus status_from_json(const json::object& o) {
   read_fields(o, core_flags, core);
   core.bytes_per_second = read<double>(o, "bytes_per_second");
   core.new_bytes_per_second = read<double>(o, "new_bytes_per_second");
+  core.target_silent = from_seconds(read<double>(o, "target_silent_seconds"));
   core.quarantine_left = from_seconds(read<double>(o, "quarantine_seconds"));
   if (!at(o, "eta_seconds").is_null()) status.eta_seconds = read<double>(o, "eta_seconds");
   if (!at(o, "deadline_seconds").is_null())

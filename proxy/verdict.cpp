@@ -12,6 +12,7 @@ namespace {
 
 using mirror::Phase;
 
+constexpr Duration silence_told = std::chrono::seconds(1);
 constexpr double keeps_up = 0.9;  // of what the target takes, the guest may add so much
 
 double quarantine_seconds(const mirror::Status& core) {
@@ -85,6 +86,11 @@ std::uint64_t debt_bytes(const mirror::Status& status) {
 
 std::string verdict_of(const ExportStatus& status) {
   const mirror::Status& core = status.core;
+  const bool moving = core.phase == Phase::copying || core.phase == Phase::in_sync;
+  if (moving && core.target_silent >= silence_told) {
+    return fmt::format("the target has not answered for {:.0f} s; the guest goes on",
+                       std::chrono::duration<double>(core.target_silent).count());
+  }
   switch (core.phase) {
     case Phase::idle:
       if (core.serving != mirror::Serving::source) return away(status);

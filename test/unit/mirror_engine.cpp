@@ -39,6 +39,7 @@ class Rig {
       if (auto* target = std::get_if<SubmitTarget>(&a)) {
         target_.push_back(target->op);
         sent_.push_back(std::move(target->op));
+        if (sent_.back().range.length() > 64 * kib) sent_.back().payload = {};
       }
       if (std::get_if<Reply>(&a) != nullptr) ++replies_;
       if (auto* done = std::get_if<CommandDone>(&a)) done_ = std::move(*done);

@@ -98,6 +98,15 @@ TEST_CASE("verdict: a guest that outruns the target, with both rates and what wo
   CHECK(says(s, "about 12 s left"));
 }
 
+TEST_CASE("verdict: a target that says nothing") {
+  ExportStatus s = at(Phase::copying);
+  s.eta_seconds = 1;
+  s.core.target_silent = std::chrono::milliseconds(900);
+  CHECK(says(s, "about 1 s left"));
+  s.core.target_silent = std::chrono::milliseconds(4100);
+  CHECK(says(s, "has not answered for 4 s"));
+}
+
 TEST_CASE("verdict: an incoming disk says what it waits for") {
   ExportStatus s = at(Phase::idle);
   CHECK(says(s, "no migration"));
