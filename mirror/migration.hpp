@@ -138,7 +138,7 @@ class Migration {
   // block waits for its copy.
   [[nodiscard]] std::uint64_t read_ahead() const;
   // How long a copy of data is. Reading and sending it keeps the guest's requests waiting: while there
-  // are any it is shorter, unless the paths carry that in no time.
+  // are any it is shorter.
   [[nodiscard]] std::uint64_t copy_bytes() const;
   // What the copier may have the local disk read at once.
   [[nodiscard]] std::uint64_t read_share() const { return read_share_.bytes(); }

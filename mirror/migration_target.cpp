@@ -11,7 +11,6 @@ namespace {
 constexpr std::uint64_t mirrored_per_copied = 3;
 constexpr std::uint64_t copy_credit_max = 4ULL * 1024 * 1024;
 constexpr Duration guest_idle = std::chrono::milliseconds(100);
-constexpr Duration copy_time = std::chrono::microseconds(500);
 constexpr Duration read_ahead_time = std::chrono::milliseconds(50);
 constexpr std::uint64_t read_ahead_copies_min = 4;
 constexpr std::size_t unflushed_runs_max = 64 * 1024;
@@ -43,10 +42,8 @@ std::uint64_t Migration::read_ahead() const {
 
 std::uint64_t Migration::copy_bytes() const {
   const std::uint64_t most = context_.config.limits.copy_bytes;
-  const double carried =
-      copy_rate_.bytes_per_second() * std::chrono::duration<double>(copy_time).count();
   const bool idle = guest_at_ == Time{0} || context_.now - guest_at_ > guest_idle;
-  return idle || carried >= static_cast<double>(most) ? most : std::max(chunk_size, most / 2);
+  return idle ? most : std::max(chunk_size, most / 2);
 }
 
 void Migration::dispatch() {
