@@ -306,9 +306,8 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
     const ByteRange extent{at, std::min(at + e.length, c.range.end)};
     at = extent.end;
     if (!e.zero || extent.empty()) continue;
-    const std::uint64_t bs = m_.block_size();
-    const ByteRange whole{(extent.begin + bs - 1) / bs * bs,
-                          extent.end == m_.map().size() ? extent.end : extent.end / bs * bs};
+    ByteRange whole = extent.narrowed(m_.block_size());
+    if (extent.end == m_.map().size()) whole.end = extent.end;
     if (!whole.empty()) holes.push_back(whole);
   }
   Ranges data{c.range};

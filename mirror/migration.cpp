@@ -473,7 +473,7 @@ void Migration::report(Status& s) const {
   s.new_bytes_per_second = new_debt_.bytes_per_second();
   Time asked = context_.now;
   in_flight_.for_each([&](const TargetOp& op) { asked = std::min(asked, op.sent_at); });
-  s.target_silent = context_.now - std::max(asked, std::min(answered_at_, context_.now));
+  s.target_silent = context_.now - std::max(asked, answered_at_);
   s.pacing_delay = pacing_delay();
   if (deadline_.given()) s.deadline_left = deadline_.left(context_.now);
   s.needed_bytes_per_second = deadline_.needed(s.stale_bytes + s.copying_bytes, context_.now);

@@ -195,6 +195,13 @@ class Migration {
 
   void dispatch();
   [[nodiscard]] bool has_room_for_bulk(std::uint64_t bytes) const;
+  // Does it carry its bytes to the target? Zeroes do, to one that cannot make them itself.
+  [[nodiscard]] bool sends_data(Command command) const {
+    return command == Command::write || (command == Command::zero && !info_.can_zero);
+  }
+  [[nodiscard]] std::uint64_t bytes_sent(Command command, ByteRange range) const {
+    return sends_data(command) ? range.length() : 0;
+  }
   bool dispatch_mirrored();
   [[nodiscard]] bool can_merge(const MirrorEntry& first, const MirrorEntry& next) const;
   void merge_adjacent(MirrorEntry& entry);

@@ -61,13 +61,11 @@ void Migration::classify(GuestOp& op) {
 // buffer is filling: then it is the copier's.
 void Migration::overwrite_stale(GuestOp& op) {
   const bool plain = op.command == Command::write || (op.command == Command::zero && !op.fast_zero);
-  const ByteRange whole{(op.range.begin + chunk_size - 1) / chunk_size * chunk_size,
-                        op.range.end / chunk_size * chunk_size};
+  const ByteRange whole = op.range.narrowed(chunk_size);
   if (!plain || whole.empty() || buffer_used() > overwrite_buffer_max) return;
   Ranges stale;
   map_->for_each_run(whole, [&](ByteRange run, BlockState s) {
-    const ByteRange r{(run.begin + chunk_size - 1) / chunk_size * chunk_size,
-                      run.end / chunk_size * chunk_size};
+    const ByteRange r = run.narrowed(chunk_size);
     if (s == BlockState::stale && !r.empty()) stale.push_back(r);
   });
   for (const auto& r : stale) {
@@ -133,9 +131,7 @@ void Migration::enqueue(GuestOp& op, bool early) {
   NBDFERRY_ASSERT(early || op.source_done, "a write is mirrored before its source result");
   op.epoch = queue_.open_epoch();
   const Ranges blocks = op.mirrored;  // pushing may make some stale
-  const ByteRange inner_all{
-      (op.range.begin + info_.block_min - 1) / info_.block_min * info_.block_min,
-      op.range.end / info_.block_min * info_.block_min};
+  const ByteRange inner_all = op.range.narrowed(info_.block_min);
   for (const auto& r : blocks) {
     const ByteRange inner = inner_all.intersect(r);
     if (!inner.empty()) enqueue_part(op, inner);

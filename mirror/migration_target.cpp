@@ -82,8 +82,7 @@ bool Migration::dispatch_mirrored() {
       queue_.park_next(*other);
       continue;
     }
-    const bool data = e->command == Command::write || !info_.can_zero;
-    const std::uint64_t bytes = data ? e->range.length() : 0;
+    const std::uint64_t bytes = bytes_sent(e->command, e->range);
     if (!(e->waiter ? in_flight_.has_room(bytes) : has_room_for_bulk(bytes))) return false;
     if (bytes != 0 && !bandwidth_.may_send()) {
       throttled_ = true;
@@ -91,7 +90,7 @@ bool Migration::dispatch_mirrored() {
     }
     MirrorEntry entry = queue_.take_next();
     merge_adjacent(entry);
-    const std::uint64_t sent = data ? entry.range.length() : 0;
+    const std::uint64_t sent = bytes_sent(entry.command, entry.range);
     DiskOp op;
     op.id = context_.new_op(OpKind::mirrored);
     op.command = entry.command;
@@ -125,9 +124,8 @@ bool Migration::can_merge(const MirrorEntry& first, const MirrorEntry& next) con
   const std::uint64_t limit =
       std::min(context_.config.limits.merge_bytes, piece_bytes(first.command));
   if (both.length() > limit || in_flight_.conflict(next.range)) return false;
-  const bool data = first.command == Command::write || !info_.can_zero;
   return !map_->any(blocks_of(next.range), BlockState::armed) &&
-         (!data || has_room_for_bulk(both.length()));
+         (!sends_data(first.command) || has_room_for_bulk(both.length()));
 }
 
 // What lies right behind it in the queue goes with it, in one request.
@@ -163,9 +161,7 @@ bool Migration::dispatch_copy(Turn turn) {
     if (turn == Turn::rest) copy_credit_ = 0;
     return false;
   }
-  const bool data =
-      next->command == Command::write || (next->command == Command::zero && !info_.can_zero);
-  const std::uint64_t bytes = data ? next->range.length() : 0;
+  const std::uint64_t bytes = bytes_sent(next->command, next->range);
   // The bulk window is for what can wait. Small mirrored writes would take each place in it as it
   // becomes free, and the copier's share would be nothing.
   if (!(turn == Turn::rest ? has_room_for_bulk(bytes) : in_flight_.has_room(bytes))) return false;

@@ -43,6 +43,10 @@ struct ByteRange {
   [[nodiscard]] constexpr ByteRange widened(std::uint64_t alignment) const {
     return {begin & ~(alignment - 1), (end + alignment - 1) & ~(alignment - 1)};
   }
+  // Both ends moved inwards: the whole units in it; empty when there is none.
+  [[nodiscard]] constexpr ByteRange narrowed(std::uint64_t alignment) const {
+    return {(begin + alignment - 1) & ~(alignment - 1), end & ~(alignment - 1)};
+  }
   friend constexpr bool operator==(const ByteRange&, const ByteRange&) = default;
 };
 

@@ -105,7 +105,6 @@ void ExportImpl::enqueue(mirror::Event&& event) {
   std::optional<OpId> answered;
   if (const auto* done = std::get_if<mirror::SourceDone>(&event)) answered = done->id;
   if (const auto* done = std::get_if<mirror::TargetDone>(&event)) answered = done->id;
-  if (std::holds_alternative<mirror::GuestRequest>(event)) guest_asked_at_ = now();
   if (answered && mirror::Engine::nobody_waits_for(*answered)) {
     later_.push_back(std::move(event));
     post_turn();
@@ -146,6 +145,7 @@ void ExportImpl::drain() {
   while (!events_.empty()) {
     mirror::Event event = std::move(events_.front());
     events_.pop_front();
+    if (std::holds_alternative<mirror::GuestRequest>(event)) guest_asked_at_ = t;
     engine_->apply(std::move(event), t, actions_);
     perform();
   }

@@ -70,11 +70,6 @@ def numbers(image):
     return out
 
 
-def history(dice, rounds):
-    """The blocks of each round."""
-    return [dice.sample(range(1, BLOCKS), WRITES_PER_ROUND) for _ in range(rounds)]
-
-
 def play(scratch, life):
     """Returns how many rounds the target lacked, of those that the guest had finished."""
     image, target = scratch.file(f"source{life}.img"), scratch.file(f"target{life}.img")
@@ -82,14 +77,15 @@ def play(scratch, life):
         with open(path, "wb") as f:
             f.truncate(64 * MIB)
     disk = ferry.Ferry(scratch, image, name=f"ferry{life}")
-    # Each write takes another time there, so that they end in another order.
+    # Slow, so that many writes are on their way.
     uri = ferry.nbdkit(scratch, "--threads=16", "--filter=delay", "file", target, "wdelay=20ms",
                        name=f"target{life}")
     # The guest outruns the target by far, and the buffer holds all of it.
     disk.ok("migrate", "--wait", "--mode", "async", "--max-delay", "0ms", "--buffer", "512M",
             "--consistency", "crash", uri)
     ferry.wait_until(lambda: disk.status()["consistent"], "consistent")
-    rounds = history(random.Random(life), 4000)
+    dice = random.Random(life)
+    rounds = [dice.sample(range(1, BLOCKS), WRITES_PER_ROUND) for _ in range(4000)]  # blocks of each
     guest = Guest(f"{image}.sock")
     dies_at = time.monotonic() + 0.5 + 0.2 * life
     done = 0
@@ -110,10 +106,8 @@ def play(scratch, life):
             guest.send(WRITE, 0, stamp(number))
             guest.answers(1)
             done = number
-    except OSError:
-        pass
-    except EOFError:
-        pass
+    except (OSError, EOFError):
+        pass  # it has been killed
     check(killed, "the guest ended before its time")
     disk.process.wait()
     time.sleep(0.2)  # what had been sent may still be applied
