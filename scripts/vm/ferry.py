@@ -1,4 +1,5 @@
 """nbdferry's control socket: HTTP with JSON over a unix socket (proxy/README.md)."""
+import contextlib
 import http.client
 import json
 import socket
@@ -31,9 +32,14 @@ class Connection(http.client.HTTPConnection):
 
 
 class Ferry:
+    """Its connection stays open: while a VM stands still, another would cost a round trip to the
+    other host. For one thread at a time.
+    """
+
     def __init__(self, path, what):
         self.path = path
         self.what = what  # for messages: "disk0 at the source"
+        self.connection = None
 
     def status(self):
         return self._ask("GET", "/status")
@@ -43,21 +49,39 @@ class Ferry:
         return self._ask("POST", "/" + name, fields)
 
     def _ask(self, method, where, body=None):
-        connection = Connection(self.path)
         try:
-            connection.request(method, where, json.dumps(body) if body is not None else None)
-            response = connection.getresponse()
-            answer = json.loads(response.read() or b"{}")
+            response, answer = self._exchange(method, where, body)
         except (OSError, http.client.HTTPException, ValueError) as e:
             raise FerryError(f"{self.what}: its nbdferry at {self.path} does not answer: "
                              f"{e or type(e).__name__}") from e
-        finally:
-            connection.close()
         if response.status in REFUSED:
             raise FerryRefused(f"{self.what}: {answer.get('error', response.reason)}")
         if response.status != 200:
             raise FerryError(f"{self.what}: {where}: {response.status} {response.reason}")
         return answer
+
+    def _exchange(self, method, where, body):
+        """Commands can be repeated: one that finds the open connection dead is sent once more."""
+        text = json.dumps(body) if body is not None else None
+        while True:
+            fresh = self.connection is None
+            try:
+                self.connection = self.connection or Connection(self.path)
+                self.connection.request(method, where, text)
+                response = self.connection.getresponse()
+                return response, json.loads(response.read() or b"{}")
+            except (ConnectionError, http.client.HTTPException):
+                self.close()
+                if fresh:
+                    raise
+            except (OSError, ValueError):
+                self.close()
+                raise
+
+    def close(self):
+        if self.connection:
+            self.connection.close()
+            self.connection = None
 
 
 def wait_served(control, file, server):
@@ -65,7 +89,8 @@ def wait_served(control, file, server):
     end = time.monotonic() + SECONDS_TO_SERVE
     while True:
         try:
-            Ferry(control, file).status()
+            with contextlib.closing(Ferry(control, file)) as ferry:
+                ferry.status()
             return
         except FerryError as e:
             if server.poll() is not None:

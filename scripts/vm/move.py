@@ -8,7 +8,7 @@ The order, and why nothing is lost whenever this ends (DESIGN.md, rule 10):
   4. the rest of the memory; the destination has loaded it, and is not running
   5. seal every disk; commit every disk: from the first commit's record on, the VM belongs there.
      Before: abort, and the VM goes on here. After: only forward
-  6. promote every disk there; cont there; quit here
+  6. promote each disk there, after its own commit; cont there; quit here
 Nothing is remembered between two runs: what there is to do is seen from both sides' states.
 """
 import concurrent.futures
@@ -54,6 +54,9 @@ class DiskMove:
     def step(self, action):
         self.source.command("switch", action=action)
 
+    def promote(self):
+        self.target.command("promote")
+
 
 class Move:
     def __init__(self, options, other, progress):
@@ -82,6 +85,9 @@ class Move:
 
     def __exit__(self, *_):
         self.threads.shutdown()
+        for disk in self.disks:
+            disk.source.close()
+            disk.target.close()
         self.source.close()
         if self.target:
             self.target.close()
@@ -324,8 +330,7 @@ class Move:
 
     def finish(self):
         """From sealed to running there; also what an earlier run has left."""
-        self.timed("commit", self.commit)
-        self.timed("promote", lambda: self.all(lambda disk: disk.target.command("promote")))
+        self.hand_over_disks()
         state = self.target.status() if self.target else "inmigrate"
         if state == "inmigrate":
             raise Problem(f"the disks are {self.other.label} now, and writable, but the QEMU that had "
@@ -346,9 +351,22 @@ class Move:
         if code != 0:
             self.progress.say(f"--before-cont has failed with exit code {code}; going on")
 
-    def commit(self):
-        """Every disk, whatever it takes: from the first record on there is no way back."""
-        self.all(self.commit_one)
+    def hand_over_disks(self):
+        """Every disk, whatever it takes: from the first record on there is no way back. Each is
+        promoted as soon as its own record is written.
+        """
+        begin = time.monotonic()
+        committed = []
+
+        def hand_over(disk):
+            self.commit_one(disk)
+            committed.append(time.monotonic())
+            disk.promote()
+
+        self.all(hand_over)
+        last = max(committed, default=begin)
+        self.took["commit"] = last - begin
+        self.took["promote"] = time.monotonic() - last
 
     def commit_one(self, disk):
         for left in reversed(range(COMMIT_TRIES)):

@@ -12,7 +12,8 @@ DIE = os.path.join(os.path.dirname(__file__), "die.py")
 # In the order of a move; each is one life of the script. The guest goes there and back.
 DEATHS = (("before", "bring_disks_in_sync"), ("after", "bring_disks_in_sync"),
           ("after", "start_memory"), ("after", "send_memory"), ("after", "hand_over_state"),
-          ("before", "finish"), ("after", "disk.step"), ("after", "commit_one"), ("after", "commit"),
+          ("before", "finish"), ("after", "disk.step"), ("after", "commit_one"),
+          ("before", "disk.promote"), ("after", "disk.promote"), ("after", "hand_over_disks"),
           ("before", "qmp.cont"), ("after", "qmp.cont"), ("before", "summary"))
 
 
