@@ -21,6 +21,7 @@ constexpr unsigned ring_depth = 256;
 constexpr std::uint64_t inline_write_bytes_max = 256ULL * 1024;
 constexpr std::uint64_t zero_piece_bytes = 1024ULL * 1024;
 constexpr std::size_t extents_max = 1024;  // per answer
+constexpr std::uint64_t in_memory_step = 64ULL * 1024;
 constexpr std::uint32_t page_bytes = 4096;
 
 constexpr auto slow_write = std::chrono::milliseconds(2);
@@ -36,9 +37,23 @@ bool is_unsupported(int result) {
   return result == -EOPNOTSUPP || result == -ENOSYS || result == -ENOTTY;
 }
 
+// Where the data that begins at `at` ends, or -errno. tmpfs walks page by page to the next hole, with a
+// lock that a write to the file waits for (10 ms for each GiB): there it is asked in small steps, and a
+// hole begins at a step.
+off_t end_of_data(int fd, std::uint64_t at, std::uint64_t end, bool in_memory) {
+  if (!in_memory) {
+    const off_t hole = ::lseek(fd, static_cast<off_t>(at), SEEK_HOLE);
+    return hole < 0 ? -errno : hole;
+  }
+  do {
+    at = at / in_memory_step * in_memory_step + in_memory_step;
+  } while (at < end && ::lseek(fd, static_cast<off_t>(at), SEEK_DATA) == static_cast<off_t>(at));
+  return static_cast<off_t>(at);
+}
+
 // Data and holes from range.begin on, at most extents_max of them. Runs on the helper thread; the
 // file's own offset is used by nothing else. Returns 0 or -errno.
-int map_extents(int fd, ByteRange range, std::vector<Extent>& extents) {
+int map_extents(int fd, ByteRange range, bool in_memory, std::vector<Extent>& extents) {
   auto at = range.begin;
   const auto clamp = [&range](off_t found) {
     return std::min(static_cast<std::uint64_t>(found), range.end);
@@ -50,8 +65,8 @@ int map_extents(int fd, ByteRange range, std::vector<Extent>& extents) {
     if (hole_end > at) extents.push_back({hole_end - at, true, true});
     at = hole_end;
     if (at >= range.end) break;
-    const off_t hole = ::lseek(fd, static_cast<off_t>(at), SEEK_HOLE);
-    if (hole < 0) return -errno;
+    const off_t hole = end_of_data(fd, at, range.end, in_memory);
+    if (hole < 0) return static_cast<int>(hole);
     // Another writer may have moved things between the calls: still make progress.
     const auto data_end = clamp(hole) > at ? clamp(hole) : range.end;
     extents.push_back({data_end - at, false, false});
@@ -345,8 +360,8 @@ void LocalDisk::start_transfer(Pending& p, std::byte* memory, const std::byte* d
 
 void LocalDisk::start_map(Pending& p) {
   p.step = Step::map;
-  ring_.run([fd = disk_.fd.get(), range = p.op.range,
-             &extents = p.extents] { return map_extents(fd, range, extents); },
+  ring_.run([fd = disk_.fd.get(), range = p.op.range, in_memory = disk_.in_memory,
+             &extents = p.extents] { return map_extents(fd, range, in_memory, extents); },
             p.slot);
 }
 

@@ -3,6 +3,8 @@
 result. Started by scripts/bench.sh, which builds what is measured.
 
 usage: bench.py [--runs N] copy|link|mirror|memory|front|vm...
+
+`link` is the first case of `mirror`, alone.
 """
 import argparse
 import importlib
@@ -12,6 +14,7 @@ import signal
 import sys
 import time
 
+import bench_mirror
 from measure import print_table, say
 
 
@@ -35,7 +38,10 @@ def main():
         begin = time.monotonic()
         say(f"{name}: {arguments.runs} runs; load of the machine "
             f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
-        results += importlib.import_module("bench_" + name).bench(arguments.runs)
+        if name == "link":
+            results += bench_mirror.bench(arguments.runs, ("link",))
+        else:
+            results += importlib.import_module("bench_" + name).bench(arguments.runs)
         say(f"{name}: took {time.monotonic() - begin:.0f} s")
     print_table(results)
     print()

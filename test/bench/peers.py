@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import ferry
@@ -30,6 +31,23 @@ def link(queue="50ms"):
     finally:
         for name in names:
             ferry.run(["ip", "netns", "del", name])
+
+
+@contextlib.contextmanager
+def awake():
+    """Each processor has something to do, with a priority below everything else."""
+    idle = "while True: pass"
+    loops = []
+    try:
+        for cpu in os.sched_getaffinity(0):
+            loops.append(subprocess.Popen([sys.executable, "-c", idle]))
+            os.sched_setscheduler(loops[-1].pid, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setaffinity(loops[-1].pid, {cpu})
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 class Guest:
