@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include <unistd.h>
+
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/co_spawn.hpp>
@@ -49,9 +51,17 @@ Answer error_answer(http::status status, std::string_view text) {
   return {status, {{"error", text}}};
 }
 
+// Root, and whoever runs this process. The kernel tells, so no file's mode decides alone.
+bool may_command(stream_protocol::socket& socket) {
+  const auto peer = unix_peer(socket.native_handle());
+  return peer && (peer->uid == 0 || peer->uid == ::geteuid());
+}
+
 struct Connection {
-  explicit Connection(stream_protocol::socket socket) : stream(std::move(socket)) {}
+  explicit Connection(stream_protocol::socket socket)
+      : stream(std::move(socket)), obeyed(may_command(stream.socket())) {}
   beast::basic_stream<stream_protocol> stream;
+  const bool obeyed;
   bool busy = false;  // a command of its is under way
 };
 
@@ -97,7 +107,9 @@ RequestTarget split_target(std::string_view text) {
 json::object parse_body(const Request& request) {
   if (request.body().empty()) return {};
   error_code error;
-  json::value value = json::parse(request.body(), error);
+  json::parse_options options;
+  options.max_depth = limits::json_depth_max;
+  json::value value = json::parse(request.body(), error, {}, options);
   if (error) throw std::invalid_argument("the body is not JSON: " + error.message());
   if (!value.is_object()) throw std::invalid_argument("the body is not a JSON object");
   return std::move(value.get_object());
@@ -225,7 +237,8 @@ asio::awaitable<bool> ControlServer::State::exchange(Connection& connection,
   http::request_parser<http::string_body> parser;
   parser.header_limit(limits.header_bytes);
   parser.body_limit(limits.body_bytes);
-  connection.stream.expires_after(limits.idle);
+  const auto time = connection.obeyed ? limits.idle : limits::control_stranger_timeout;
+  connection.stream.expires_after(time);
   const auto [read_error, received] =
       co_await http::async_read(connection.stream, buffer, parser, await_tuple);
   Response response;
@@ -233,6 +246,11 @@ asio::awaitable<bool> ControlServer::State::exchange(Connection& connection,
     const std::optional<Answer> reply = read_error_answer(read_error);
     if (!reply) co_return false;
     response = make_response(*reply, 11, false);
+  } else if (!connection.obeyed) {
+    // Read first: who is cut off while writing never sees the reason.
+    response = make_response(error_answer(http::status::forbidden, "only root and the user that "
+                                          "runs nbdferry serve may control it"),
+                             parser.get().version(), false);
   } else {
     const Request request = parser.release();
     connection.busy = true;
@@ -241,7 +259,7 @@ asio::awaitable<bool> ControlServer::State::exchange(Connection& connection,
     connection.busy = false;
     response = make_response(reply, request.version(), request.keep_alive() && !stopping);
   }
-  connection.stream.expires_after(limits.idle);
+  connection.stream.expires_after(time);
   const auto [write_error, sent] =
       co_await http::async_write(connection.stream, response, await_tuple);
   co_return !write_error && response.keep_alive();
@@ -287,6 +305,15 @@ ControlServer::ControlServer(asio::io_context& io, const std::string& path,
 }
 
 ControlServer::~ControlServer() { stop(); }
+
+void ControlServer::serve(UniqueFd socket) {
+  stream_protocol::socket connected(state_->acceptor.get_executor());
+  connected.assign(stream_protocol(), socket.release());
+  asio::co_spawn(state_->acceptor.get_executor(), State::serve(state_, std::move(connected)),
+                 asio::detached);
+}
+
+std::size_t ControlServer::connections() const { return state_->connections.size(); }
 
 void ControlServer::stop() {
   state_->stopping = true;
