@@ -92,12 +92,12 @@ ListenAddress parse_address(const std::string& text) {
 // Permissions as chmod takes them, in octal. Only who may connect (write) counts, and only a mode
 // that keeps its owner out would be a mistake for sure.
 unsigned parse_socket_mode(const std::string& text) {
-  const bool octal = !text.empty() && text.size() <= 4 &&
-                     text.find_first_not_of("01234567") == std::string::npos;
+  const bool octal =
+      !text.empty() && text.size() <= 4 && text.find_first_not_of("01234567") == std::string::npos;
   const unsigned long mode = octal ? std::stoul(text, nullptr, 8) : 0;
   if (mode > 0777 || (mode & 0600) != 0600) {
-    throw CLI::ValidationError(
-        "--socket-mode", fmt::format("\"{}\" is not an octal mode from 0600 to 0777", text));
+    throw CLI::ValidationError("--socket-mode",
+                               fmt::format("\"{}\" is not an octal mode from 0600 to 0777", text));
   }
   return static_cast<unsigned>(mode);
 }

@@ -248,7 +248,8 @@ asio::awaitable<bool> ControlServer::State::exchange(Connection& connection,
     response = make_response(*reply, 11, false);
   } else if (!connection.obeyed) {
     // Read first: who is cut off while writing never sees the reason.
-    response = make_response(error_answer(http::status::forbidden, "only root and the user that "
+    response = make_response(error_answer(http::status::forbidden,
+                                          "only root and the user that "
                                           "runs nbdferry serve may control it"),
                              parser.get().version(), false);
   } else {

@@ -63,8 +63,9 @@ void remove_stale(stream_protocol::acceptor& acceptor, const std::string& path) 
     fail(path, "the socket is in use (is another nbdferry serving it?)");
   }
   if (found.st_uid != ::geteuid()) {
-    fail(path, fmt::format("there is a dead socket of another user (uid {}): remove it if it may go",
-                           found.st_uid));
+    fail(path,
+         fmt::format("there is a dead socket of another user (uid {}): remove it if it may go",
+                     found.st_uid));
   }
   if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail(path, system_message(errno));
 }
