@@ -115,12 +115,38 @@ json::object parse_body(const Request& request) {
   return std::move(value.get_object());
 }
 
+// How many bytes make the UTF-8 character that `text` begins with; 0: none does (RFC 3629).
+std::size_t utf8_character_bytes(std::string_view text) {
+  const auto byte = [&](std::size_t i) -> unsigned {
+    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0;
+  };
+  const unsigned first = byte(0);
+  if (first < 0x80) return 1;
+  const std::size_t size = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+  // Overlong forms, surrogates, and what lies beyond Unicode show in the second byte.
+  const unsigned low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
+  const unsigned high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
+  bool good = first >= 0xc2 && first <= 0xf4 && byte(1) >= low && byte(1) <= high;
+  for (std::size_t i = 2; i < size; ++i) good = good && (byte(i) & 0xc0) == 0x80;
+  return good ? size : 0;
+}
+
+// JSON has to be UTF-8, and names of files need not be.
+std::string as_utf8(std::string text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const auto size = utf8_character_bytes(std::string_view(text).substr(at));
+    if (size == 0) text[at] = '?';
+    at += std::max<std::size_t>(size, 1);
+  }
+  return text;
+}
+
 Response make_response(const Answer& answer, unsigned version, bool keep_alive) {
   Response response(answer.status, version);
   response.set(http::field::content_type, "application/json");
   if (answer.status == http::status::method_not_allowed) response.set(http::field::allow, "POST");
   response.keep_alive(keep_alive);
-  response.body() = json::serialize(answer.body) + "\n";
+  response.body() = as_utf8(json::serialize(answer.body)) + "\n";
   response.prepare_payload();
   return response;
 }

@@ -195,6 +195,16 @@ TEST_CASE("control: a refusal reaches the client with its reason") {
   CHECK(has(raw_exchange(served.path, post_text("/pause", "{}")), "HTTP/1.1 409 "));
 }
 
+TEST_CASE("control: an answer is UTF-8, whatever the disk's file is called") {
+  Served served;
+  // A byte of Latin-1, an overlong form, a surrogate, beyond Unicode, cut off; and what is good.
+  served.only().status_.disk = "\xe9 \xc0\xaf \xed\xa0\x80 \xf4\x90\x80\x80 \xe2\x82";
+  ControlClient client(served.path, "status");
+  CHECK(client.status().disk == "? ?? ??? ???? ??");
+  served.only().status_.disk = "\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80";
+  CHECK(client.status().disk == served.only().status_.disk);
+}
+
 TEST_CASE("control: bad requests are refused, with the reason, and reach no export") {
   Served served;
   const auto answer = [&](const std::string& target, const std::string& body) {
