@@ -271,6 +271,24 @@ TEST_CASE("the temporary file of a first record follows no link either") {
   CHECK((st.st_mode & 0777) == 0600);
 }
 
+TEST_CASE("a temporary file that somebody else has put there is not written to") {
+  const Place place;
+  const std::string elsewhere = place.dir / "elsewhere";
+  put(elsewhere, "precious");
+  std::filesystem::permissions(elsewhere, std::filesystem::perms(0666));
+  std::filesystem::create_symlink(elsewhere, place.record + ".new");
+  // Sticky: only root could remove the link, and the kernel lets links of the folder's owner be
+  // followed.
+  std::filesystem::permissions(place.dir.path(), std::filesystem::perms(01777));
+  std::string failure;
+  auto record = place.load();
+  if (!as_nobody([&] { failure = error_of([&] { record.write(with_role(Role::retired)); }); })) {
+    return;
+  }
+  CHECK(failure.find("can't be created") != std::string::npos);
+  CHECK(file_contents(elsewhere) == "precious");
+}
+
 TEST_CASE("a record that a stranger has put there is not believed") {
   if (::geteuid() != 0) {
     MESSAGE("SKIPPED: only root can give a record to another user");

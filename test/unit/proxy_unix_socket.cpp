@@ -1,5 +1,7 @@
 // The files of listening unix sockets: who gets in, what is replaced, what is left alone.
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -7,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -91,7 +95,7 @@ TEST_CASE("a socket's file is never wider than asked for, not for a moment") {
 TEST_CASE("of several that start at once on a stale socket one gets it") {
   const TempDir dir;
   const std::string path = dir / "s";
-  for (int round = 0; round < 100; ++round) {
+  for (int round = 0; round < 30; ++round) {
     leave_stale(path);
     constexpr int starters = 4;
     std::atomic<int> ready{0};
@@ -111,6 +115,24 @@ TEST_CASE("of several that start at once on a stale socket one gets it") {
     CHECK(std::count_if(made.begin(), made.end(), [](const auto& m) { return m != nullptr; }) == 1);
     CHECK(answers(path));
   }
+}
+
+TEST_CASE(
+    "a stale socket is replaced by one at a time; who keeps the others out can't do so for long") {
+  using namespace std::chrono_literals;
+  const TempDir dir;
+  const std::string path = dir / "s";
+  leave_stale(path);
+  const UniqueFd folder(::open(dir.path().c_str(), O_RDONLY | O_DIRECTORY));
+  REQUIRE(::flock(folder.get(), LOCK_EX) == 0);
+  const auto begin = std::chrono::steady_clock::now();
+  std::unique_ptr<Listening> made;
+  std::thread starter([&] { made = std::make_unique<Listening>(path); });
+  std::this_thread::sleep_for(100ms);
+  CHECK_FALSE(answers(path));
+  starter.join();
+  CHECK(answers(path));
+  CHECK(std::chrono::steady_clock::now() - begin < 5s);
 }
 
 TEST_CASE("a symbolic link in a socket's place is neither followed nor removed") {
