@@ -65,11 +65,16 @@ def access(scratch):
     check(result.returncode != 0, "another user is a guest")
     disk.stop()
 
+    # As proxy/README.md says it.
     group = 4242
-    disk = ferry.Ferry(scratch, disk.disk, "--socket-mode", "0660", name="shared",
-                       before=["setpriv", f"--regid={group}", "--clear-groups"])
+    shared = scratch.file("shared")
+    run_ok(["install", "-d", "-g", str(group), "-m", "2750", shared])
+    disk = ferry.Ferry(scratch, disk.disk, "--socket", f"{shared}/s", "--socket-mode", "0660",
+                       name="shared")
+    disk.socket = f"{shared}/s"
+    disk.uri = ferry.unix_uri(disk.socket)
     check(mode(disk.socket) == 0o660 and mode(disk.control) == 0o600, "--socket-mode")
-    check(os.lstat(disk.socket).st_gid == group, "the group that it was started with")
+    check(os.lstat(disk.socket).st_gid == group, "the folder's group")
     check(run([*as_nobody(), "nbdinfo", disk.uri]).returncode != 0, "a stranger is a guest")
     run_ok([*as_nobody(group), "nbdinfo", disk.uri])
     command = [*as_nobody(group), program, "status", "--control", disk.control]
