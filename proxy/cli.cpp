@@ -89,6 +89,19 @@ ListenAddress parse_address(const std::string& text) {
   return {host, static_cast<std::uint16_t>(*port)};
 }
 
+// Permissions as chmod takes them, in octal. Only who may connect (write) counts, and only a mode
+// that keeps its owner out would be a mistake for sure.
+unsigned parse_socket_mode(const std::string& text) {
+  const bool octal =
+      !text.empty() && text.size() <= 4 && text.find_first_not_of("01234567") == std::string::npos;
+  const unsigned long mode = octal ? std::stoul(text, nullptr, 8) : 0;
+  if (mode > 0777 || (mode & 0600) != 0600) {
+    throw CLI::ValidationError("--socket-mode",
+                               fmt::format("\"{}\" is not an octal mode from 0600 to 0777", text));
+  }
+  return static_cast<unsigned>(mode);
+}
+
 // Every way to say nothing, serve, or one of the client's commands.
 struct Parsed {
   ServeCommand serve;
@@ -107,6 +120,11 @@ void define_serve(CLI::App& root, ServeCommand& serve) {
                  "Unix socket to listen on; repeatable (default: DISK.sock)")
       ->type_name("PATH")
       ->allow_extra_args(false);
+  app.add_option_function<std::string>(
+         "--socket-mode",
+         [&serve](const std::string& text) { serve.socket_mode = parse_socket_mode(text); },
+         "Permissions of --socket's files, octal: who may use the disk (default: 0600, this user)")
+      ->type_name("MODE");
   app.add_option_function<std::vector<std::string>>(
          "--listen",
          [&serve](const std::vector<std::string>& addresses) {

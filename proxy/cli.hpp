@@ -21,6 +21,7 @@ struct ListenAddress {
 struct ServeCommand {
   ExportOptions disk;
   std::vector<std::string> sockets;  // unix socket paths
+  unsigned socket_mode = 0600;       // of these; the control socket is always 0600
   std::vector<ListenAddress> listens;
   std::string control;  // path of the control socket
 };

@@ -37,7 +37,7 @@ class Serving {
       places += (places.empty() ? "" : ", ") + place;
     };
     for (const std::string& path : command.sockets) {
-      server_.listen_unix(path);
+      server_.listen_unix(path, command.socket_mode);
       add_place(path);
     }
     for (const ListenAddress& address : command.listens) {

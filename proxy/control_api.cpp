@@ -12,6 +12,8 @@
 #include <boost/json.hpp>
 #include <fmt/format.h>
 
+#include "proxy/limits.hpp"
+
 namespace nbdferry::proxy {
 namespace {
 
@@ -126,6 +128,14 @@ std::vector<std::string> read_uris(const json::value& value) {
   }
   const json::string* const uri = list->front().if_string();
   if (uri == nullptr || uri->empty()) refuse("uris", "must hold URIs");
+  // At the start rather than when the ownership record turns out to be too short for it.
+  if (uri->size() > limits::uri_bytes_max) {
+    refuse("uris", fmt::format("must hold URIs of at most {} bytes", limits::uri_bytes_max));
+  }
+  const auto is_control = [](unsigned char c) { return c < 0x20 || c == 0x7f; };
+  if (std::any_of(uri->begin(), uri->end(), is_control)) {
+    refuse("uris", "must hold URIs: these have no control characters");
+  }
   return {std::string(*uri)};
 }
 

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include <unistd.h>
+
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/co_spawn.hpp>
@@ -49,9 +51,17 @@ Answer error_answer(http::status status, std::string_view text) {
   return {status, {{"error", text}}};
 }
 
+// Root, and whoever runs this process. The kernel tells, so no file's mode decides alone.
+bool may_command(stream_protocol::socket& socket) {
+  const auto peer = unix_peer(socket.native_handle());
+  return peer && (peer->uid == 0 || peer->uid == ::geteuid());
+}
+
 struct Connection {
-  explicit Connection(stream_protocol::socket socket) : stream(std::move(socket)) {}
+  explicit Connection(stream_protocol::socket socket)
+      : stream(std::move(socket)), obeyed(may_command(stream.socket())) {}
   beast::basic_stream<stream_protocol> stream;
+  const bool obeyed;
   bool busy = false;  // a command of its is under way
 };
 
@@ -97,10 +107,38 @@ RequestTarget split_target(std::string_view text) {
 json::object parse_body(const Request& request) {
   if (request.body().empty()) return {};
   error_code error;
-  json::value value = json::parse(request.body(), error);
+  json::parse_options options;
+  options.max_depth = limits::json_depth_max;
+  json::value value = json::parse(request.body(), error, {}, options);
   if (error) throw std::invalid_argument("the body is not JSON: " + error.message());
   if (!value.is_object()) throw std::invalid_argument("the body is not a JSON object");
   return std::move(value.get_object());
+}
+
+// How many bytes make the UTF-8 character that `text` begins with; 0: none does (RFC 3629).
+std::size_t utf8_character_bytes(std::string_view text) {
+  const auto byte = [&](std::size_t i) -> unsigned {
+    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0;
+  };
+  const unsigned first = byte(0);
+  if (first < 0x80) return 1;
+  const std::size_t size = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+  // Overlong forms, surrogates, and what lies beyond Unicode show in the second byte.
+  const unsigned low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
+  const unsigned high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
+  bool good = first >= 0xc2 && first <= 0xf4 && byte(1) >= low && byte(1) <= high;
+  for (std::size_t i = 2; i < size; ++i) good = good && (byte(i) & 0xc0) == 0x80;
+  return good ? size : 0;
+}
+
+// JSON has to be UTF-8, and names of files need not be.
+std::string as_utf8(std::string text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const auto size = utf8_character_bytes(std::string_view(text).substr(at));
+    if (size == 0) text[at] = '?';
+    at += std::max<std::size_t>(size, 1);
+  }
+  return text;
 }
 
 Response make_response(const Answer& answer, unsigned version, bool keep_alive) {
@@ -108,7 +146,7 @@ Response make_response(const Answer& answer, unsigned version, bool keep_alive) 
   response.set(http::field::content_type, "application/json");
   if (answer.status == http::status::method_not_allowed) response.set(http::field::allow, "POST");
   response.keep_alive(keep_alive);
-  response.body() = json::serialize(answer.body) + "\n";
+  response.body() = as_utf8(json::serialize(answer.body)) + "\n";
   response.prepare_payload();
   return response;
 }
@@ -225,7 +263,8 @@ asio::awaitable<bool> ControlServer::State::exchange(Connection& connection,
   http::request_parser<http::string_body> parser;
   parser.header_limit(limits.header_bytes);
   parser.body_limit(limits.body_bytes);
-  connection.stream.expires_after(limits.idle);
+  const auto time = connection.obeyed ? limits.idle : limits::control_stranger_timeout;
+  connection.stream.expires_after(time);
   const auto [read_error, received] =
       co_await http::async_read(connection.stream, buffer, parser, await_tuple);
   Response response;
@@ -233,6 +272,12 @@ asio::awaitable<bool> ControlServer::State::exchange(Connection& connection,
     const std::optional<Answer> reply = read_error_answer(read_error);
     if (!reply) co_return false;
     response = make_response(*reply, 11, false);
+  } else if (!connection.obeyed) {
+    // Read first: who is cut off while writing never sees the reason.
+    response = make_response(error_answer(http::status::forbidden,
+                                          "only root and the user that "
+                                          "runs nbdferry serve may control it"),
+                             parser.get().version(), false);
   } else {
     const Request request = parser.release();
     connection.busy = true;
@@ -241,7 +286,7 @@ asio::awaitable<bool> ControlServer::State::exchange(Connection& connection,
     connection.busy = false;
     response = make_response(reply, request.version(), request.keep_alive() && !stopping);
   }
-  connection.stream.expires_after(limits.idle);
+  connection.stream.expires_after(time);
   const auto [write_error, sent] =
       co_await http::async_write(connection.stream, response, await_tuple);
   co_return !write_error && response.keep_alive();
@@ -287,6 +332,15 @@ ControlServer::ControlServer(asio::io_context& io, const std::string& path,
 }
 
 ControlServer::~ControlServer() { stop(); }
+
+void ControlServer::serve(UniqueFd socket) {
+  stream_protocol::socket connected(state_->acceptor.get_executor());
+  connected.assign(stream_protocol(), socket.release());
+  asio::co_spawn(state_->acceptor.get_executor(), State::serve(state_, std::move(connected)),
+                 asio::detached);
+}
+
+std::size_t ControlServer::connections() const { return state_->connections.size(); }
 
 void ControlServer::stop() {
   state_->stopping = true;

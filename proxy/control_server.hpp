@@ -2,8 +2,9 @@
 // What can be asked is in control_api.hpp. Errors are {"error": "what failed: why"}: 4xx when the
 // request is wrong, 409 when the disk's state does not allow it.
 //
-// What must hold: only the socket's owner gets in (mode 0600); whatever a client sends or leaves
-// unsent costs a bounded amount of memory and time, and nothing of the guest's.
+// What must hold: only root and the user of this process are obeyed, whatever the socket's file
+// allows (it is 0600; others get 403); whatever a client sends or leaves unsent costs a bounded
+// amount of memory and time, and nothing of the guest's.
 #pragma once
 
 #include <chrono>
@@ -14,14 +15,16 @@
 #include <boost/asio/io_context.hpp>
 
 #include "proxy/export.hpp"
+#include "proxy/limits.hpp"
+#include "proxy/unique_fd.hpp"
 
 namespace nbdferry::proxy {
 
 struct ControlLimits {
-  std::size_t connections = 32;
-  std::uint32_t header_bytes = 8 * 1024;
-  std::uint64_t body_bytes = 64 * 1024;
-  std::chrono::seconds idle{60};  // a whole request must have come by then, or an answer gone
+  std::size_t connections = limits::control_connections_max;
+  std::uint32_t header_bytes = limits::control_header_bytes_max;
+  std::uint64_t body_bytes = limits::control_body_bytes_max;
+  std::chrono::seconds idle = limits::control_timeout;
 };
 
 class ControlServer {
@@ -32,6 +35,10 @@ class ControlServer {
   ~ControlServer();
   ControlServer(const ControlServer&) = delete;
   ControlServer& operator=(const ControlServer&) = delete;
+
+  // Serves a connected unix stream socket.
+  void serve(UniqueFd socket);
+  [[nodiscard]] std::size_t connections() const;
 
   // Accepts nothing more, removes the socket, drops clients that wait for no answer. The others get
   // theirs when their command ends.

@@ -35,13 +35,13 @@ constexpr std::size_t sniffed_bytes = 4096;
 // --- creating
 // -------------------------------------------------------------------------------------
 
-// Does nothing to a disk that exists.
+// Does nothing to a disk that exists. What a guest keeps there is nobody else's business.
 void create_if_absent(const std::string& path, std::uint64_t size) {
   if (size == 0 || size > disk_size_max) {
     fail(path, fmt::format("can't be created with {} bytes", size),
          fmt::format("choose a size from 1 to {} bytes", disk_size_max));
   }
-  const UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644));
+  const UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
   if (!fd) {
     if (errno == EEXIST) return;
     fail(path, fmt::format("can't be created: {}", std::strerror(errno)),

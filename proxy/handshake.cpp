@@ -151,13 +151,18 @@ std::size_t Handshake::take_option(std::span<const std::byte> input) {
     fail("the export name is too long");
     return 0;
   }
-  if (!is_known(option_) || length > limits::option_data_bytes_max) {
+  const bool skip = !is_known(option_) || length > limits::option_data_bytes_max;
+  if (!skip && input.size() < nbd::option_header_bytes + length) return 0;
+  if (++options_ > limits::options_max) {
+    fail("too many options");
+    return 0;
+  }
+  if (skip) {
     skip_bytes_ = length;
     expect_ = Expect::skipped_data;
     // Without data nothing more comes that would end the skipping.
     return nbd::option_header_bytes + (length == 0 ? consume({}) : 0);
   }
-  if (input.size() < nbd::option_header_bytes + length) return 0;
   answer(input.subspan(nbd::option_header_bytes, length));
   return nbd::option_header_bytes + length;
 }

@@ -81,6 +81,7 @@ class Handshake {
   Expect expect_ = Expect::client_flags;
   nbd::Option option_{};          // the one being answered
   std::uint32_t skip_bytes_ = 0;  // of its data, still to come
+  std::uint32_t options_ = 0;     // so far
   bool no_zeroes_ = false;
   Front* contexts_of_ = nullptr;  // the export that the last SET_META_CONTEXT named
   Negotiated negotiated_;

@@ -35,11 +35,8 @@ std::string peer_of(const tcp::socket& socket) {
 }
 
 std::string peer_of(const stream_protocol::socket& socket) {
-  ucred peer{};
-  socklen_t size = sizeof peer;
-  auto& native = const_cast<stream_protocol::socket&>(socket);
-  ::getsockopt(native.native_handle(), SOL_SOCKET, SO_PEERCRED, &peer, &size);
-  return fmt::format("with pid {}", peer.pid);
+  const auto peer = unix_peer(const_cast<stream_protocol::socket&>(socket).native_handle());
+  return peer ? fmt::format("with pid {}", peer->pid) : "(already gone)";
 }
 
 void tune(tcp::socket& socket) {

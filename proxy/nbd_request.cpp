@@ -1,6 +1,8 @@
 // Requests judged without a socket.
 #include "proxy/nbd_request.hpp"
 
+#include "proxy/limits.hpp"
+
 namespace nbdferry::proxy::nbd {
 namespace {
 
@@ -32,6 +34,7 @@ bool is_write(RequestType type) {
 }
 
 std::uint64_t bytes_held(const Request& request) {
+  if (request.type == RequestType::block_status) return limits::status_reply_bytes;
   return moves_data(request.type) ? request.length : 0;
 }
 
@@ -57,11 +60,12 @@ IoError check(const Request& request, const ExportInfo& info, const Rights& righ
 }
 
 bool ends_in_disc(std::span<const std::byte> input, std::size_t skip) {
-  while (skip <= input.size()) {
+  for (std::size_t requests = 0; skip <= input.size(); ++requests) {
     input = input.subspan(skip);
     if (input.size() < request_header_bytes || !has_request_magic(input.data())) return false;
     const Request request = load_request(input.data());
     if (request.type == RequestType::disc) return true;
+    if (requests == limits::last_words_requests_max) return false;
     skip = request_header_bytes + request.payload_bytes();
   }
   return false;

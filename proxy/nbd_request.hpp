@@ -29,7 +29,8 @@ struct Rights {
 [[nodiscard]] IoError check(const Request& request, const ExportInfo& info, const Rights& rights);
 
 // Does `input`, of which the first `skip` bytes belong to a payload, consist of whole requests up
-// to a DISC? Then the client had said all that it wanted to.
+// to a DISC? Then the client had said all that it wanted to. Not with more requests than
+// limits::last_words_requests_max: they all have to be admitted at once.
 [[nodiscard]] bool ends_in_disc(std::span<const std::byte> input, std::size_t skip);
 
 }  // namespace nbdferry::proxy::nbd

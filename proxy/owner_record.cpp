@@ -97,6 +97,18 @@ int write_slot(int fd, unsigned index, const std::string& slot, int flags) {
   return n == static_cast<ssize_t>(slot.size()) ? 0 : ENOSPC;
 }
 
+// In one step where the file system can, so that nothing that appears meanwhile is replaced.
+bool rename_to_absent(const std::string& from, const std::string& to) {
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) == 0) return true;
+  if (errno != EINVAL && errno != ENOSYS) return false;
+  struct stat st {};
+  if (::lstat(to.c_str(), &st) == 0) {
+    errno = EEXIST;
+    return false;
+  }
+  return ::rename(from.c_str(), to.c_str()) == 0;
+}
+
 // --- the disk that it belongs to
 // ------------------------------------------------------------------
 
@@ -110,6 +122,47 @@ void stamp(Ownership& o, const std::string& disk) {
   o.device = st.st_dev;
   o.inode = st.st_ino;
   o.size = static_cast<std::uint64_t>(st.st_size);
+}
+
+// A link, a device or a second name would let somebody have another file read or overwritten in the
+// record's place; a record that a stranger has put into a shared folder would say whose the disk is.
+void check_file(int fd, const std::string& path, const std::string& disk) {
+  struct stat st {};
+  if (::fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
+    fail(path, "is not a file", "move away what is there");
+  }
+  if (st.st_nlink > 1) {
+    fail(path, "is a hard link: another name leads to it too",
+         "make it a file of its own, by copying it");
+  }
+  struct stat owner {};
+  const bool found = ::stat(disk.c_str(), &owner) == 0;
+  if (st.st_uid != 0 && st.st_uid != ::geteuid() && !(found && st.st_uid == owner.st_uid)) {
+    fail(path, fmt::format("belongs to a stranger (uid {})", st.st_uid),
+         "if it is right, give it to root or to the user that runs nbdferry");
+  }
+}
+
+// What a first record needs is there already, or a person should know now, not at the commit.
+bool may_create(const std::string& path) {
+  std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (folder.empty()) folder = ".";
+  const auto has = [&](int what) {
+    return ::faccessat(AT_FDCWD, folder.c_str(), what, AT_EACCESS) == 0;
+  };
+  while (!has(F_OK) && errno == ENOENT && folder.has_relative_path()) folder = folder.parent_path();
+  return has(W_OK | X_OK);
+}
+
+// For who may not write where the record belongs.
+std::string how_to_make_writable(const std::string& path) {
+  const auto folder = std::filesystem::path(path).parent_path();
+  std::error_code error;
+  if (!folder.empty() && !std::filesystem::exists(folder, error)) {
+    return fmt::format("make its folder, as root: install -d -o {} {}", ::geteuid(),
+                       folder.string());
+  }
+  return fmt::format("let uid {} write to its folder", ::geteuid());
 }
 
 std::string random_id() {
@@ -159,15 +212,20 @@ OwnerRecord OwnerRecord::load(const std::string& path, const std::string& disk) 
   // No link: somebody else's file must not be taken for, or overwritten as, the record.
   const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
   if (!fd) {
-    if (errno == ENOENT) return record;
+    if (errno == ENOENT) {
+      if (!may_create(path)) {
+        record.note_ = fmt::format(
+            "ownership record '{}': can't be created by this user, so no migration could be "
+            "committed: {}",
+            path, how_to_make_writable(path));
+      }
+      return record;
+    }
     if (errno == ELOOP) fail(path, "is a symbolic link", "put the file itself there");
     fail(path, fmt::format("can't be read: {}", std::strerror(errno)),
          "run as a user who may read it");
   }
-  struct stat st {};
-  if (::fstat(fd.get(), &st) != 0 || !S_ISREG(st.st_mode)) {
-    fail(path, "is not a file", "move away what is there");
-  }
+  check_file(fd.get(), path, disk);
   record.read_slots(fd.get());
   return record;
 }
@@ -235,7 +293,8 @@ void OwnerRecord::create(const std::string& slot) const {
     const int error = errno;
     ::unlink(temporary.c_str());
     fail(path_, fmt::format("{}: {}", doing, std::strerror(error)),
-         "make its folder writable, with 8 KiB free");
+         error == EACCES || error == ENOENT ? how_to_make_writable(path_)
+                                            : "make its folder writable, with 8 KiB free");
   };
   const auto folder = std::filesystem::path(path_).parent_path();
   std::error_code ignored;  // the open below tells
@@ -251,12 +310,9 @@ void OwnerRecord::create(const std::string& slot) const {
     if (errno != 0) give_up("can't be written");
   }
   if (::fsync(fd.get()) != 0) give_up("can't be synced");
-  struct stat st {};
-  if (::lstat(path_.c_str(), &st) == 0) {
-    errno = EEXIST;
-    give_up("appeared meanwhile");
+  if (!rename_to_absent(temporary, path_)) {
+    give_up(errno == EEXIST ? "appeared meanwhile" : "can't be named");
   }
-  if (::rename(temporary.c_str(), path_.c_str()) != 0) give_up("can't be named");
   if (const int error = sync_directory_of(path_); error != 0) {
     ::unlink(path_.c_str());
     fail(path_, fmt::format("its folder can't be synced: {}", std::strerror(error)),
@@ -265,11 +321,12 @@ void OwnerRecord::create(const std::string& slot) const {
 }
 
 void OwnerRecord::overwrite(const std::string& slot) {
-  const UniqueFd fd(::open(path_.c_str(), O_WRONLY | O_NOFOLLOW | O_CLOEXEC));
+  const UniqueFd fd(::open(path_.c_str(), O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
   if (!fd) {
     fail(path_, fmt::format("can't be opened for writing: {}", std::strerror(errno)),
          fmt::format("make it writable; it still says {}", to_string(current_.role)));
   }
+  check_file(fd.get(), path_, disk_);
   const bool one_slot = NBDFERRY_MUTANT(record_one_slot);
   const int synchronous = NBDFERRY_MUTANT(record_not_synced) ? 0 : RWF_DSYNC;
   const unsigned target = one_slot ? durable_slot_ : 1 - durable_slot_;

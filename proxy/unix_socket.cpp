@@ -2,14 +2,22 @@
 #include "proxy/unix_socket.hpp"
 
 #include <cerrno>
+#include <chrono>
+#include <filesystem>
 #include <stdexcept>
 #include <system_error>
+#include <thread>
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <fmt/format.h>
+
+#include "proxy/unique_fd.hpp"
 
 namespace nbdferry::proxy {
 namespace {
@@ -22,7 +30,21 @@ using boost::asio::local::stream_protocol;
 
 std::string system_message(int error) { return std::generic_category().message(error); }
 
-// Removes what a dead server left behind.
+// Held while a socket is looked at, removed and made: else two that start at once both find the
+// stale one, and the second removes what the first has just made. Best effort: a file system may
+// have no locks, and in a shared folder a stranger may keep this one.
+UniqueFd lock_folder(const std::string& path) {
+  using namespace std::chrono_literals;
+  const auto folder = std::filesystem::path(path).parent_path();
+  UniqueFd fd(::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  for (int tries = 0; fd && tries < 50; ++tries) {
+    if (::flock(fd.get(), LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
+    std::this_thread::sleep_for(10ms);
+  }
+  return fd;
+}
+
+// Removes what a dead server of ours left behind.
 void remove_stale(stream_protocol::acceptor& acceptor, const std::string& path) {
   struct stat found {};
   if (::lstat(path.c_str(), &found) != 0) {
@@ -36,13 +58,38 @@ void remove_stale(stream_protocol::acceptor& acceptor, const std::string& path) 
   // Without waiting: a server whose queue of connections is full lives, too.
   probe.non_blocking(true);
   probe.connect(stream_protocol::endpoint(path), error);
+  if (error == boost::asio::error::access_denied) fail(path, "somebody else's socket is there");
   if (error != boost::asio::error::connection_refused) {
     fail(path, "the socket is in use (is another nbdferry serving it?)");
+  }
+  if (found.st_uid != ::geteuid()) {
+    fail(path,
+         fmt::format("there is a dead socket of another user (uid {}): remove it if it may go",
+                     found.st_uid));
   }
   if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail(path, system_message(errno));
 }
 
+// Wider than the umask let it be made. By descriptor: the name might lead elsewhere by now.
+bool widen(const std::string& path, const struct stat& made, mode_t mode) {
+  const UniqueFd fd(::open(path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+  struct stat found {};
+  if (!fd || ::fstat(fd.get(), &found) != 0) return false;
+  if (found.st_dev != made.st_dev || found.st_ino != made.st_ino) {
+    errno = EEXIST;
+    return false;
+  }
+  return ::chmod(fmt::format("/proc/self/fd/{}", fd.get()).c_str(), mode) == 0;
+}
+
 }  // namespace
+
+std::optional<UnixPeer> unix_peer(int socket) {
+  ucred peer{};
+  socklen_t size = sizeof peer;
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) return std::nullopt;
+  return UnixPeer{peer.pid, peer.uid};
+}
 
 SocketFile::SocketFile(stream_protocol::acceptor& acceptor, std::string path, mode_t mode)
     : path_(std::move(path)) {
@@ -51,10 +98,12 @@ SocketFile::SocketFile(stream_protocol::acceptor& acceptor, std::string path, mo
     fail(path_, fmt::format("a socket's path has 1 to {} bytes, this one {}",
                             sizeof(sockaddr_un::sun_path) - 1, path_.size()));
   }
+  const UniqueFd lock = lock_folder(path_);
   remove_stale(acceptor, path_);
   boost::system::error_code error;
   acceptor.open(stream_protocol(), error);
-  // On Linux bind() gives the file the mode of the socket: no moment with other permissions.
+  // On Linux bind() gives the file the mode of the socket, less the umask: no moment with wider
+  // permissions, and no change of the umask, which all threads share.
   if (!error && ::fchmod(acceptor.native_handle(), mode) != 0) {
     error = {errno, boost::system::system_category()};
   }
@@ -64,7 +113,10 @@ SocketFile::SocketFile(stream_protocol::acceptor& acceptor, std::string path, mo
   if (::lstat(path_.c_str(), &made) != 0) fail(path_, system_message(errno));
   device_ = made.st_dev;
   inode_ = made.st_ino;
-  acceptor.listen(boost::asio::socket_base::max_listen_connections, error);
+  if ((made.st_mode & 07777) != mode && !widen(path_, made, mode)) {
+    error = {errno, boost::system::system_category()};
+  }
+  if (!error) acceptor.listen(boost::asio::socket_base::max_listen_connections, error);
   if (error) {
     ::unlink(path_.c_str());
     fail(path_, error.message());

@@ -4,7 +4,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# packages_for build|test|vm|demo|coverage|check: one a line.
+# packages_for build|test|vm|unit|demo|coverage|check: one a line.
 packages_for() {
   case $1 in
     build)
@@ -24,6 +24,8 @@ packages_for() {
       ;;
     # The tests with a real guest; its kernel is downloaded by them, and not installed.
     vm) printf '%s\n' qemu-system-x86 e2fsprogs iproute2 ;;
+    # Judges the systemd unit; nothing has to run under it.
+    unit) printf '%s\n' systemd libseccomp2 ;;
     demo) printf '%s\n' libnbd-bin nbdkit qemu-utils fio ;;
     coverage) printf '%s\n' gcovr ;;
     check) printf '%s\n' clang-format clang-tidy shellcheck git ;;

@@ -8,8 +8,9 @@ set -euo pipefail
 # shellcheck source=scripts/deps.sh
 . "$(dirname "$0")/deps.sh"
 install_for build test
-# Without these the tests with a VM are skipped, and say so.
+# Without these the tests with a VM, and of the systemd unit, are skipped, and say so.
 install_for vm || true
+install_for unit || true
 
 echo "building with sanitizers"
 configure "$root/build-sanitize" -DCMAKE_BUILD_TYPE=RelWithDebInfo \

@@ -158,13 +158,13 @@ def same(a, b, what):
 
 
 class Ferry:
-    """nbdferry serve, and its operator."""
+    """nbdferry serve, and its operator. `before`: a command that runs it, perhaps confined."""
 
-    def __init__(self, scratch, disk, *options, name="ferry"):
+    def __init__(self, scratch, disk, *options, name="ferry", before=(), program=NBDFERRY):
         self.scratch, self.disk, self.name = scratch, disk, name
         self.socket, self.control = disk + ".sock", disk + ".ctl"
         self.uri = unix_uri(self.socket)
-        self.process = scratch.start(name, [NBDFERRY, "serve", *options, disk])
+        self.process = scratch.start(name, [*before, program, "serve", *options, disk])
         wait_until(lambda: self.process.poll() is not None or
                    (accepts(self.control) and f"serving {disk}" in scratch.log(name)),
                    "nbdferry serve")

@@ -48,6 +48,7 @@ TEST_CASE("cli: serve has its defaults beside the disk") {
   const ServeCommand plain = serve({"/d/vm.img"});
   CHECK(plain.disk.disk == "/d/vm.img");
   CHECK(plain.sockets == Args{"/d/vm.img.sock"});
+  CHECK(plain.socket_mode == 0600);
   CHECK(plain.listens.empty());
   CHECK(plain.control == "/d/vm.img.ctl");
   CHECK(plain.disk.name.empty());
@@ -55,6 +56,18 @@ TEST_CASE("cli: serve has its defaults beside the disk") {
   CHECK_FALSE(plain.disk.direct);
   CHECK_FALSE(plain.disk.incoming);
   CHECK_FALSE(plain.disk.create_size);
+}
+
+TEST_CASE("cli: a socket's mode is octal, and keeps nobody out who must get in") {
+  CHECK(serve({"--socket-mode", "0660", "disk"}).socket_mode == 0660);
+  CHECK(serve({"--socket-mode=666", "disk"}).socket_mode == 0666);
+  for (const char* bad : {"", "8", "0860", "rw", "0x1b6", "00660", "1660", "0060", "0400", "-1"}) {
+    CAPTURE(bad);
+    const CliExit end = ends({"serve", std::string("--socket-mode=") + bad, "disk"});
+    CHECK(end.code == 2);
+    CHECK(has(end.err, "--socket-mode"));
+  }
+  CHECK(has(ends({"serve", "--help"}).out, "--socket-mode MODE"));
 }
 
 TEST_CASE("cli: serve's options") {

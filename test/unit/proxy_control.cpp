@@ -23,6 +23,8 @@
 
 #include "proxy/control_client.hpp"
 #include "proxy/control_server.hpp"
+#include "test/unit/proxy_as_nobody.hpp"
+#include "test/unit/proxy_control_fixture.hpp"
 
 namespace nbdferry::proxy {
 namespace {
@@ -30,6 +32,7 @@ namespace {
 namespace asio = boost::asio;
 using asio::local::stream_protocol;
 using namespace std::chrono_literals;
+using test::FakeExport;
 
 class TempDir {
  public:
@@ -43,52 +46,6 @@ class TempDir {
 
  private:
   std::filesystem::path path_;
-};
-
-// Answers as it is told; remembers what it was asked. `held` commands are never answered.
-class FakeExport : public Export {
- public:
-  explicit FakeExport(std::string name) {
-    info_.name = name;
-    status_.name = std::move(name);
-    status_.disk = "/disk";
-    status_.role = "owner";
-  }
-  const ExportInfo& info() const override { return info_; }
-  std::uint32_t attach(ReplySink&, std::string_view) override { return 0; }
-  void detach(std::uint32_t) override {}
-  bool knows_migration(std::string_view) const override { return false; }
-  bool may_write(std::uint32_t) const override { return true; }
-  void submit(mirror::GuestRequest&&) override {}
-  void stop(std::function<void(std::string)> done) override { done({}); }
-  ExportStatus status() const override { return status_; }
-  void migrate(MigrateRequest request, CommandHandler done) override {
-    requests.push_back(std::move(request));
-    done(answer.first, answer.second);
-  }
-  void set(mirror::Set request, CommandHandler done) override {
-    sets.push_back(std::move(request));
-    done(answer.first, answer.second);
-  }
-  void command(Verb verb, CommandHandler done) override {
-    verbs.push_back(verb);
-    if (hold) {
-      held = std::move(done);
-    } else {
-      done(answer.first, answer.second);
-    }
-  }
-
-  std::pair<bool, std::string> answer{true, "well done"};
-  std::vector<MigrateRequest> requests;
-  std::vector<mirror::Set> sets;
-  std::vector<Verb> verbs;
-  std::atomic<bool> hold{false};
-  CommandHandler held;
-  ExportStatus status_;
-
- private:
-  ExportInfo info_;
 };
 
 // A server on a thread of its own. Touch exports only before a request or after its answer.
@@ -238,6 +195,16 @@ TEST_CASE("control: a refusal reaches the client with its reason") {
   CHECK(has(raw_exchange(served.path, post_text("/pause", "{}")), "HTTP/1.1 409 "));
 }
 
+TEST_CASE("control: an answer is UTF-8, whatever the disk's file is called") {
+  Served served;
+  // A byte of Latin-1, an overlong form, a surrogate, beyond Unicode, cut off; and what is good.
+  served.only().status_.disk = "\xe9 \xc0\xaf \xed\xa0\x80 \xf4\x90\x80\x80 \xe2\x82";
+  ControlClient client(served.path, "status");
+  CHECK(client.status().disk == "? ?? ??? ???? ??");
+  served.only().status_.disk = "\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80";
+  CHECK(client.status().disk == served.only().status_.disk);
+}
+
 TEST_CASE("control: bad requests are refused, with the reason, and reach no export") {
   Served served;
   const auto answer = [&](const std::string& target, const std::string& body) {
@@ -291,10 +258,55 @@ TEST_CASE("control: what a client sends is bounded in size and in time") {
   CHECK(has(raw_exchange(served.path, post_text("/migrate", std::string(70'000, ' '))),
             "HTTP/1.1 413 "));
   CHECK(has(raw_exchange(served.path, "GET /" + std::string(9'000, 'x')), "HTTP/1.1 431 "));
+  CHECK(has(raw_exchange(served.path, post_text("/pause", R"({"export":)" + std::string(8, '[') +
+                                                              std::string(8, ']') + "}")),
+            "not JSON"));
+  CHECK(has(raw_exchange(served.path, post_text("/migrate", R"({"uris":["nbd://h/)" +
+                                                                std::string(2'000, 'x') + "\"]}")),
+            "at most 1536 bytes"));
+  CHECK(has(raw_exchange(served.path, post_text("/migrate", R"({"uris":["nbd://h/\u001b[2J"]})")),
+            "no control characters"));
   // Half a request: closed without an answer.
   CHECK(raw_exchange(served.path, "POST /pause HTTP/1.1\r\nContent-Le").empty());
   ControlClient client(served.path, "status");
   CHECK(client.status().role == "owner");
+}
+
+TEST_CASE("control: who sends a request byte by byte is cut off in time") {
+  ControlLimits limits;
+  limits.idle = 1s;
+  Served served({""}, limits);
+  asio::io_context io;
+  stream_protocol::socket socket(io);
+  socket.connect(stream_protocol::endpoint(served.path));
+  const auto begin = std::chrono::steady_clock::now();
+  boost::system::error_code error;
+  asio::write(socket, asio::buffer(std::string("GET /status HTTP/1.1\r\nX: ")), error);
+  while (!error && std::chrono::steady_clock::now() - begin < 5s) {
+    std::this_thread::sleep_for(20ms);
+    asio::write(socket, asio::buffer("x", 1), error);
+  }
+  CHECK(error);
+  CHECK(std::chrono::steady_clock::now() - begin < 3s);
+}
+
+TEST_CASE("control: other users are refused, whatever the socket's file allows") {
+  Served served;
+  std::filesystem::permissions(std::filesystem::path(served.path).parent_path(),
+                               std::filesystem::perms(0711));
+  std::filesystem::permissions(served.path, std::filesystem::perms(0666));
+  std::string error;
+  std::string answer;
+  const bool tried = test::as_nobody([&] {
+    error = error_of([&] { ControlClient(served.path, "pause").command(Verb::pause); });
+    answer = raw_exchange(served.path, "GET /status HTTP/1.1\r\n\r\n");
+  });
+  if (!tried) return;
+  CHECK(error == "pause: only root and the user that runs nbdferry serve may control it");
+  CHECK(has(answer, "HTTP/1.1 403 "));
+  CHECK(has(answer, "\r\n\r\n{\"error\":\"only root"));
+  CHECK(served.only().verbs.empty());
+  CHECK(ControlClient(served.path, "status").status().role == "owner");
 }
 
 TEST_CASE("control: no more connections than the limit") {

@@ -1,6 +1,7 @@
 // The NBD handshake over a real socket: each fact that naive servers get wrong.
 #include <doctest/doctest.h>
 
+#include "proxy/limits.hpp"
 #include "test/unit/proxy_nbd_fixture.hpp"
 
 namespace nbdferry::proxy::test {
@@ -120,6 +121,17 @@ TEST_CASE("unknown options are skipped, whatever their size; long known ones too
   CHECK(client.option(opt_info, std::string(70'000, 'x')).back().type == err_too_big);
   CHECK(client.option(opt_structured, "x").back().type == err_invalid);
   CHECK(still_talks(client));
+}
+
+TEST_CASE("options are bounded in number, served or not") {
+  ServerThread server(size);
+  for (const std::uint32_t number : {opt_list, std::uint32_t{99}}) {
+    RawClient client = RawClient::unix_socket(server.path());
+    client.greet();
+    for (std::uint32_t i = 0; i < limits::options_max; ++i) (void)client.option(number);
+    client.send_option(number, "");
+    CHECK(client.is_closed());
+  }
 }
 
 TEST_CASE("several exports: found by name, the first is the default") {

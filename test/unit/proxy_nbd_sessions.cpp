@@ -162,6 +162,32 @@ TEST_CASE("the bytes in flight are bounded over all clients, and each has its pa
   }
 }
 
+TEST_CASE("the answers to BLOCK_STATUS count among the bytes in flight") {
+  ServerThread server(size);
+  set(server, When::held);
+  constexpr std::size_t count = 16;
+  constexpr std::size_t part =
+      limits::bytes_in_flight_max / count / (limits::extents_max * std::size_t{8});
+  static_assert(part < limits::requests_in_flight_max);
+  std::vector<RawClient> clients;
+  for (std::size_t i = 0; i < count; ++i) {
+    clients.push_back(RawClient::unix_socket(server.path()));
+    clients.back().go(true, {"base:allocation"});
+  }
+  for (std::size_t i = 0; i < 2 * part; ++i) {
+    clients[0].send_request(Type::block_status, 0, 4096, 0, "", i);
+  }
+  REQUIRE(server.eventually([&] { return server.front.held.size() == part; }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  CHECK(held(server) == part);
+  set(server, When::at_once);
+  server.on_loop([&] {
+    server.front.release();
+    return 0;
+  });
+  for (std::size_t i = 0; i < 2 * part; ++i) CHECK(clients[0].reply().cookie == i);
+}
+
 TEST_CASE("a client that never reads its replies holds bounded memory and hinders nobody") {
   ServerThread server(size);
   server.on_loop([&] { return server.front.keep_seen = false; });

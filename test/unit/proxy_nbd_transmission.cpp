@@ -267,6 +267,13 @@ TEST_CASE("unread input: whole requests up to a DISC, or not") {
   CHECK_FALSE(ends(write + disc.substr(0, 27)));
   CHECK_FALSE(ends(request_header(Type::write, 0, 5) + "hell" + disc));
   CHECK_FALSE(ends(disc, 29));
+  // They would all be in flight at once: not without a bound.
+  std::string trims;
+  for (std::size_t i = 0; i < limits::last_words_requests_max; ++i) {
+    trims += request_header(Type::trim, 0, 512);
+  }
+  CHECK(ends(trims + disc));
+  CHECK_FALSE(ends(trims + request_header(Type::trim, 0, 512) + disc));
 }
 
 }  // namespace nbdferry::proxy::test

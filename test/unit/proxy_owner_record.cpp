@@ -14,6 +14,7 @@
 
 #include "mirror/assert.hpp"
 #include "proxy/owner_record.hpp"
+#include "test/unit/proxy_as_nobody.hpp"
 #include "test/unit/proxy_disk_fixture.hpp"
 
 namespace nbdferry::proxy::test {
@@ -237,6 +238,94 @@ TEST_CASE("a symbolic link or a folder in the record's place is refused") {
   std::filesystem::remove(place.record);
   std::filesystem::create_directory(place.record);
   CHECK(error_of([&] { (void)place.load(); }).find("is not a file") != std::string::npos);
+}
+
+TEST_CASE("a second name or a pipe in the record's place is refused, and nothing hangs") {
+  const Place place;
+  auto record = place.load();
+  record.write(with_role(Role::owner));
+  const std::string sound = file_contents(place.record);
+  const std::string other = place.dir / "other";
+  std::filesystem::create_hard_link(place.record, other);
+  CHECK(error_of([&] { (void)place.load(); }).find("hard link") != std::string::npos);
+  CHECK(error_of([&] { record.write(with_role(Role::retired)); }).find("hard link") !=
+        std::string::npos);
+  CHECK(file_contents(other) == sound);
+  std::filesystem::remove(place.record);
+  REQUIRE(::mkfifo(place.record.c_str(), 0600) == 0);
+  CHECK(error_of([&] { (void)place.load(); }).find("is not a file") != std::string::npos);
+  CHECK_FALSE(error_of([&] { record.write(with_role(Role::retired)); }).empty());
+}
+
+TEST_CASE("the temporary file of a first record follows no link either") {
+  const Place place;
+  const std::string elsewhere = place.dir / "elsewhere";
+  put(elsewhere, "precious");
+  std::filesystem::create_symlink(elsewhere, place.record + ".new");
+  auto record = place.load();
+  record.write(with_role(Role::retired));
+  CHECK(file_contents(elsewhere) == "precious");
+  CHECK(std::filesystem::is_regular_file(std::filesystem::symlink_status(place.record)));
+  struct stat st {};
+  REQUIRE(::stat(place.record.c_str(), &st) == 0);
+  CHECK((st.st_mode & 0777) == 0600);
+}
+
+TEST_CASE("a temporary file that somebody else has put there is not written to") {
+  const Place place;
+  const std::string elsewhere = place.dir / "elsewhere";
+  put(elsewhere, "precious");
+  std::filesystem::permissions(elsewhere, std::filesystem::perms(0666));
+  std::filesystem::create_symlink(elsewhere, place.record + ".new");
+  // Sticky: only root could remove the link, and the kernel lets links of the folder's owner be
+  // followed.
+  std::filesystem::permissions(place.dir.path(), std::filesystem::perms(01777));
+  std::string failure;
+  auto record = place.load();
+  if (!as_nobody([&] { failure = error_of([&] { record.write(with_role(Role::retired)); }); })) {
+    return;
+  }
+  CHECK(failure.find("can't be created") != std::string::npos);
+  CHECK(file_contents(elsewhere) == "precious");
+}
+
+TEST_CASE("a record that a stranger has put there is not believed") {
+  if (::geteuid() != 0) {
+    MESSAGE("SKIPPED: only root can give a record to another user");
+    return;
+  }
+  const Place place;
+  auto record = place.load();
+  record.write(with_role(Role::retired));
+  REQUIRE(::chown(place.record.c_str(), 65534, 65534) == 0);
+  CHECK(error_of([&] { (void)place.load(); }).find("a stranger (uid 65534)") != std::string::npos);
+  CHECK_FALSE(error_of([&] { record.write(with_role(Role::owner)); }).empty());
+  // The disk's owner may well keep its record.
+  REQUIRE(::chown(place.disk.c_str(), 65534, 65534) == 0);
+  CHECK(place.load().current().role == Role::retired);
+}
+
+TEST_CASE("who may not create a record hears of it at the start, and what to do") {
+  const TempDir dir("/dev/shm");
+  std::filesystem::permissions(dir.path(), std::filesystem::perms(0755));
+  const std::string disk = dir / "disk.img";
+  make_file(disk, 1 << 20);
+  std::string beside;
+  std::string absent;
+  std::string failure;
+  const bool tried = as_nobody([&] {
+    beside = OwnerRecord::load(disk + ".owner", disk).note();
+    auto record = OwnerRecord::load(dir / "lib/nbdferry/dm-1.owner", disk);
+    absent = record.note();
+    failure = error_of([&] { record.write(with_role(Role::retired)); });
+  });
+  if (!tried) return;
+  CHECK(beside.find("no migration could be committed: let uid 65534 write to its folder") !=
+        std::string::npos);
+  const std::string how = "install -d -o 65534 " + (dir / "lib/nbdferry");
+  CHECK(absent.find(how) != std::string::npos);
+  CHECK(failure.find(how) != std::string::npos);
+  CHECK(OwnerRecord::load(dir / "lib/nbdferry/dm-1.owner", disk).note().empty());
 }
 
 TEST_CASE("a record that can't be written is reported, and the old one stands") {
