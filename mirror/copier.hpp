@@ -63,6 +63,11 @@ class Copier {
   [[nodiscard]] bool active() const { return !copies_.empty(); }
   [[nodiscard]] bool has_work() const { return !copies_.empty() || !idle_; }
   [[nodiscard]] std::uint64_t unreadable_bytes() const { return unreadable_bytes_; }
+  // Could a part of it not be read, when it was tried last?
+  [[nodiscard]] bool unreadable(ByteRange range) const {
+    const auto it = unreadable_from(range.begin);
+    return it != unreadable_.end() && it->first < range.end;
+  }
   // These blocks are being written: try to read them again. Returns whether any was unreadable.
   bool forget_unreadable(ByteRange blocks);
   [[nodiscard]] std::uint64_t unreadable_stale_bytes() const;

@@ -11,6 +11,7 @@
 #include "mirror/guest_ops.hpp"
 #include "mirror/migration.hpp"
 #include "mirror/pivoted.hpp"
+#include "mirror/resume_map.hpp"
 #include "mirror/suspects.hpp"
 
 namespace nbdferry::mirror {
@@ -138,6 +139,15 @@ class EngineState {
 
   // --- operator ---
   void on(Start&& event);
+  void on(KeepState&& e) {
+    keep(e.state);
+    for (const auto& r : resume_.sent()) suspects_.add(r, context_.now + e.quarantine);
+  }
+  void on(ServeTarget&& e) {
+    keep(e.state);
+    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, e.options);
+  }
+  void on(Suspend&& e);
   void on(Pause&& e) {
     with_migration(e.command, [&] { migration_->pause(e.command); });
   }
@@ -146,7 +156,7 @@ class EngineState {
   }
   void on(Cancel&& e);
   void on(Verify&& e) {
-    with_migration(e.command, [&] { migration_->verifier().start(e.command); });
+    with_migration(e.command, [&] { migration_->verify(e); });
   }
   void on(Set&& e) {
     with_migration(e.command, [&] { migration_->set(e); });
@@ -158,9 +168,11 @@ class EngineState {
     with_switchover(e.command, [&](Switchover& s) { s.seal(e.command); });
   }
   void on(Commit&& e) {
+    if (done_before(e.command, e.kind)) return;
     with_switchover(e.command, [&](Switchover& s) { s.commit(e.command, e.kind); });
   }
   void on(Switch&& e) {
+    if (done_before(e.command, e.kind)) return;
     with_switchover(e.command, [&](Switchover& s) { s.all(e.command, e.kind); });
   }
   void on(Abort&& e) {
@@ -186,7 +198,22 @@ class EngineState {
     }
   }
 
+  void keep_beside(std::span<std::byte> state) {
+    if (state.empty() || resume_.is_in(state)) return;
+    ResumeMap next(state, context_.config.size);
+    for (const auto& r : resume_.sent()) next.send(r);
+  }
+  // It was done by a process before this one: repeating it is no error.
+  bool done_before(CommandId command, SwitchKind kind) {
+    const Serving serving = kind == SwitchKind::pivot ? Serving::target : Serving::nobody;
+    if (migration_ || serving_ != serving) return false;
+    context_.done(command, true);
+    return true;
+  }
   void start(const Start& event);
+  void keep(std::span<std::byte> state) {
+    resume_ = state.empty() ? ResumeMap() : ResumeMap(state, context_.config.size);
+  }
   void after_event();
   void run(GuestOp& op);
   void run_write(GuestOp& op);
@@ -204,6 +231,7 @@ class EngineState {
   Serving serving_;
   GuestOps guests_;
   Suspects suspects_;
+  ResumeMap resume_;
   std::multimap<Time, OpId> paced_;  // writes whose answer is held back, by when it is due
   std::deque<OpId> held_;            // writes that wait for the switchover's outcome, in order
   std::unique_ptr<Migration> migration_;
@@ -246,6 +274,7 @@ void EngineState::run_write(GuestOp& op) {
     return;
   }
   // Rule 2: once, here, after any wait.
+  resume_.touch(op.range);
   if (migration_ && !NBDFERRY_MUTANT(classify_never)) migration_->classify(op);
   submit_to_source(op);
 }
@@ -357,7 +386,7 @@ void EngineState::switched_over() {
   const bool pivot = migration_->switchover().kind() == SwitchKind::pivot;
   if (pivot) {
     serving_ = Serving::target;
-    pivoted_ = std::make_unique<Pivoted>(context_, guests_, migration_->options(),
+    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, migration_->options(),
                                          migration_->info(), migration_->window());
     if (!migration_->link_up()) pivoted_->target_lost("during the commit");
     if (const auto& why = migration_->refused()) pivoted_->target_refused(*why);
@@ -378,7 +407,9 @@ void EngineState::on(Tick&&) {
   } else if (migration_ && !migration_->closed()) {
     migration_->tick();
   } else {
-    (void)suspects_.expire(context_.now);
+    for (const auto& r : suspects_.expire(context_.now)) {
+      if (!suspects_.any(r)) resume_.settle(r);
+    }
   }
 }
 
@@ -398,6 +429,8 @@ void EngineState::on(Start&& event) {
     return;
   }
   if (migration_ && !migration_->closed()) {
+    // What the earlier one has sent may land late in this one's time.
+    keep_beside(event.state);
     queued_start_ = std::move(event);  // the earlier one's connections are being let go
     return;
   }
@@ -405,7 +438,9 @@ void EngineState::on(Start&& event) {
 }
 
 void EngineState::start(const Start& event) {
-  migration_ = std::make_unique<Migration>(context_, guests_, suspects_, event);
+  keep_beside(event.state);
+  keep(event.state);
+  migration_ = std::make_unique<Migration>(context_, guests_, suspects_, resume_, event);
 }
 
 void EngineState::on(Cancel&& e) {
@@ -416,6 +451,11 @@ void EngineState::on(Cancel&& e) {
     return;
   }
   with_migration(e.command, [&] { migration_->cancel(e.command); });
+}
+
+void EngineState::on(Suspend&& e) {
+  if (migration_ && !migration_->ended() && !pivoted_) migration_->suspend();
+  context_.done(e.command, true);
 }
 
 void EngineState::on(Unfence&& e) {

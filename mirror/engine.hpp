@@ -59,6 +59,8 @@ struct Status {
   std::uint64_t suspect_bytes = 0;
   Duration quarantine_left{0};  // until nothing is suspect, if no more is lost
   std::uint64_t unreadable_bytes = 0;
+  bool resumed = false;             // this migration goes on where a process before this one was
+  std::uint64_t resumed_bytes = 0;  // that the target held already
   std::uint64_t verified_bytes = 0;
   std::uint64_t mismatched_bytes = 0;
   bool verifying = false;
@@ -94,6 +96,7 @@ struct Counters {
   std::uint64_t hot_left_for_last = 0;
   std::uint64_t overwritten = 0;    // stale chunks that were mirrored whole, never copied
   std::uint64_t epochs_waited = 0;  // a mirrored write waited for an earlier epoch
+  std::uint64_t distrusted = 0;     // resumed, and the target was not what it had been
 };
 
 class EngineState;

@@ -19,6 +19,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -74,12 +75,16 @@ struct TargetInfo {
   bool can_trim = false;
   bool can_zero = false;
   bool has_allocation = false;  // base:allocation was negotiated
+  bool fenced = false;          // nothing that older connections of ours hold will be written
+  bool proven = false;          // it is the one that it was before our restart
 };
 
 struct MigrateOptions {
   Mode mode = Mode::automatic;
   SwitchWhen switch_when = SwitchWhen::manual;
   bool skip_unreadable = false;
+  bool verify = false;        // no switchover before a verification found both sides alike
+  bool trust_target = false;  // after a restart, though it can't prove that it is the same one
   Consistency consistency = Consistency::none;
   std::uint64_t buffer_bytes = 64ULL * 1024 * 1024;
   std::uint64_t bandwidth = 0;  // bytes a second to the target; 0: what it takes
@@ -170,6 +175,26 @@ struct Tick {};
 struct Start {
   CommandId command{};
   MigrateOptions options;
+  // The state, in memory that outlives the process (ResumeMap::bytes_for(size) bytes; empty: none),
+  // until another is given. All zero, or, if resumed, what an earlier migration to this target left.
+  std::span<std::byte> state = {};
+  bool resumed = false;
+};
+// At the start of a process: the state goes on being kept, for a migration that may come. What was sent
+// may land for so long.
+struct KeepState {
+  std::span<std::byte> state;
+  Duration quarantine = MigrateOptions{}.quarantine;
+};
+// At the start of a process whose disk has been pivoted: the target serves, as it did.
+struct ServeTarget {
+  MigrateOptions options;
+  std::span<std::byte> state;
+};
+// The process is about to end: what is on its way to the target is waited for, and flushed; the state
+// remembers the rest. Answered at once; when all is done, CloseTarget.
+struct Suspend {
+  CommandId command{};
 };
 struct Pause {
   CommandId command{};
@@ -182,6 +207,7 @@ struct Cancel {
 };
 struct Verify {
   CommandId command{};
+  bool acknowledge = false;  // nothing is compared: the differences found so far may be forgotten
 };
 struct Prepare {
   CommandId command{};
@@ -215,8 +241,9 @@ struct Set {
 };
 
 using Event = std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
-                           TargetRefused, TargetClosed, RecordWritten, Tick, Start, Pause, Resume,
-                           Cancel, Verify, Prepare, Seal, Commit, Switch, Abort, Unfence, Set>;
+                           TargetRefused, TargetClosed, RecordWritten, Tick, Start, KeepState,
+                           ServeTarget, Suspend, Pause, Resume, Cancel, Verify, Prepare, Seal,
+                           Commit, Switch, Abort, Unfence, Set>;
 
 // --- actions ---
 
@@ -243,6 +270,14 @@ struct WriteRecord {
   SwitchKind kind = SwitchKind::pivot;
 };
 
+// The migration has ended: after a restart it does not go on by itself.
+struct Ended {};
+// … and has let go of its target. If the state is worth keeping, because another one to this target could
+// go on from it or has to beware of late writes, it goes on being kept.
+struct LetGo {
+  bool keep = false;
+};
+
 struct CommandDone {
   CommandId command{};
   bool ok = true;
@@ -255,7 +290,7 @@ struct Notice {
 };
 
 using Action = std::variant<SubmitSource, SubmitTarget, Reply, OpenTarget, CloseTarget, WriteRecord,
-                            CommandDone, Notice>;
+                            Ended, LetGo, CommandDone, Notice>;
 using Actions = std::vector<Action>;
 
 }  // namespace nbdferry::mirror

@@ -24,12 +24,13 @@ void FlushTracker::begin() {
   current_bytes_ = 0;
 }
 
-void FlushTracker::succeeded(BlockMap& map) {
+Ranges FlushTracker::succeeded(BlockMap& map) {
   for (const auto& r : flushing_) map.clear_flag(r, other_flag());
-  flushing_.clear();
-  if (!NBDFERRY_MUTANT(flush_covers_later_writes)) return;
-  for (const auto& r : current_) map.clear_flag(r, flag());
-  current_.clear();
+  if (NBDFERRY_MUTANT(flush_covers_later_writes)) {
+    for (const auto& r : current_) map.clear_flag(r, flag());
+    current_.clear();
+  }
+  return std::exchange(flushing_, {});
 }
 
 Ranges FlushTracker::failed(BlockMap& map) {

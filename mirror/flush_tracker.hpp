@@ -31,15 +31,18 @@ class FlushTracker {
   [[nodiscard]] std::size_t unflushed_runs() const { return current_.size(); }
   [[nodiscard]] std::uint64_t unflushed_bytes() const { return current_bytes_; }
 
-  void begin();                   // a flush is being submitted; none is under way
-  void succeeded(BlockMap& map);  // it was answered well
+  void begin();  // a flush is being submitted; none is under way
+  // It was answered well: the runs of chunks that it covers, but for what was written to them since.
+  Ranges succeeded(BlockMap& map);
   // It failed, or the server may have lost what it did not flush: the chunks that become stale.
   [[nodiscard]] Ranges failed(BlockMap& map);
 
- private:
+  // What chunks carry that were written since the last flush was submitted.
   [[nodiscard]] ChunkFlag flag() const {
     return odd_ ? ChunkFlag::unflushed_odd : ChunkFlag::unflushed_even;
   }
+
+ private:
   [[nodiscard]] ChunkFlag other_flag() const {
     return odd_ ? ChunkFlag::unflushed_even : ChunkFlag::unflushed_odd;
   }

@@ -12,13 +12,17 @@ constexpr std::uint64_t chunks_per_leaf = 64;    // … and 14 MiB more per TiB
 constexpr Duration close_wait = std::chrono::seconds(1);
 constexpr Duration fallback_wait_max = std::chrono::minutes(1);
 constexpr Duration silence_max = std::chrono::milliseconds(200);
+constexpr std::uint64_t samples_max = 64;
+constexpr Duration verify_pause = std::chrono::seconds(1);
 
 }  // namespace
 
-Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, const Start& start)
+Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, ResumeMap& resume,
+                     const Start& start)
     : context_(context),
       guests_(guests),
       suspects_(suspects),
+      resume_(resume),
       inherited_until_(context.now + suspects.left(context.now)),
       options_(start.options),
       queue_([this](OpId waiter, int delta) {
@@ -33,9 +37,15 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, con
       bulk_window_(context.config.limits.bulk_bytes_min),
       read_share_(context.config.limits.copy_bytes, context.config.limits.copy_window_bytes),
       start_command_(start.command),
+      resumed_(start.resumed && resume.kept()),
       policy_(context.config.limits.auto_dwell),
       mode_(mode_to_be()),
       fallback_wait_(context.config.limits.auto_dwell) {
+  // What an earlier migration left outlives this process, too.
+  suspects_.for_each([&](ByteRange r) { resume_.send(r); });
+  if (resumed_ && !NBDFERRY_MUTANT(resume_no_quarantine)) {
+    for (const auto& r : resume_.sent()) suspects_.add(r, context.now + options_.quarantine);
+  }
   bandwidth_.set_rate(options_.bandwidth);
   deadline_.set(options_.deadline, context.now);
   context_.out->emplace_back(OpenTarget{});
@@ -78,6 +88,8 @@ void Migration::target_up(const TargetUp& event) {
     map_ = std::make_unique<BlockMap>(
         context_.config.size, std::min<std::size_t>(leaves, context_.config.limits.leaves_max));
     heat_ = std::make_unique<HeatMap>(context_.config.size, context_.config.limits.heat_region_min);
+    if (resumed_) adopt();
+    if (info_.fenced) lift_suspects();
     suspects_.for_each([&](ByteRange r) { map_->set_flag(r, ChunkFlag::suspect); });
     // Writes that came before this have spans that ignore the target's blocks: let them end first.
     start_barrier_ = static_cast<std::uint64_t>(context_.new_op(OpKind::hint));
@@ -85,10 +97,53 @@ void Migration::target_up(const TargetUp& event) {
       context_.notice("the target offers no flush: its data is only as safe as its cache");
     if (start_command_) context_.done(*std::exchange(start_command_, std::nullopt), true);
   } else {
+    if (info_.fenced || NBDFERRY_MUTANT(fence_is_assumed)) lift_suspects();
     context_.notice("the target is back: going on with " + std::to_string(map_->stale_bytes()) +
                     " bytes to copy");
   }
+  if (unproven_ && !sampled_) verifier_.sample(samples());
   copier_.poke();
+}
+
+// What the process before us left: what was clean is held, what was sent may still land.
+void Migration::adopt() {
+  for (const auto& r : resume_.clean()) map_->set(r, BlockState::synced);
+  resumed_bytes_ = map_->size() - map_->stale_bytes();
+  unproven_ = resumed_bytes_ != 0 && !info_.proven;
+  sampled_ = !unproven_;
+  context_.notice("resumed: the target holds " + std::to_string(resumed_bytes_) + " bytes, " +
+                  std::to_string(map_->stale_bytes()) + " are to be copied");
+}
+
+// What older connections hold will not be written, the target says.
+void Migration::lift_suspects() {
+  suspects_.for_each([&](ByteRange r) { map_->clear_flag(r, ChunkFlag::suspect); });
+  const Suspects lifted = std::exchange(suspects_, {});
+  lifted.for_each([&](ByteRange r) { settle(r); });
+}
+
+// Of what it should hold: what was flushed last, and something from everywhere.
+Ranges Migration::samples() const {
+  Ranges out = resume_.recent();
+  const Ranges clean = resume_.clean();
+  const std::uint64_t step =
+      std::max(chunk_size, total(clean) / samples_max / chunk_size * chunk_size);
+  std::uint64_t skip = 0;
+  for (const auto& r : clean) {
+    std::uint64_t at = r.begin + skip;
+    for (; at < r.end; at += step) out.push_back({at, std::min(at + chunk_size, r.end)});
+    skip = at - r.end;
+  }
+  return out;
+}
+
+void Migration::distrust(std::uint64_t at) {
+  ++context_.counters.distrusted;
+  report_error("the target does not hold what it held before the restart (at byte " +
+               std::to_string(at) + "): copying everything");
+  mark_stale({0, map_->size()}, "the target is not what it was");
+  resumed_bytes_ = 0;
+  unproven_ = false;
 }
 
 void Migration::target_window(const TargetWindow& event) {
@@ -151,12 +206,27 @@ void Migration::end(Phase phase, const std::string& reason) {
   if (start_command_) {
     context_.done(*std::exchange(start_command_, std::nullopt), phase != Phase::failed, reason);
   }
-  // What was not sent is dropped; the map says so until the end, for the status.
+  // What was not sent, and what is not known to be done, is stale: a last flush does not cover it.
+  if (map_ && !NBDFERRY_MUTANT(end_forgets_queue)) {
+    Ranges unsent = copier_.live();
+    queue_.for_each([&](const MirrorEntry& e) { unsent.push_back(blocks_of(e.range)); });
+    guests_.for_each(
+        [&](GuestOp& op) { unsent.insert(unsent.end(), op.mirrored.begin(), op.mirrored.end()); });
+    for (const auto& r : unsent) mark_stale(r, "the migration has ended");
+  }
   queue_.discard({0, std::numeric_limits<std::uint64_t>::max()});
   end_guest_waits();
-  if (map_) {
-    for (const auto& r : copier_.live()) mark_stale(r, "the migration has ended");
-  }
+  if (!suspended_) context_.out->emplace_back(Ended{});
+}
+
+void Migration::target_closed() {
+  closed_ = true;
+  if (suspended_) return;
+  const bool resumable = ended_ == Phase::failed && map_ && resume_.kept();
+  const bool keep = resumable || (resume_.kept() && !suspects_.empty());
+  if (!resumable) resume_.touch({0, context_.config.size});
+  if (!keep) resume_ = ResumeMap();
+  context_.out->emplace_back(LetGo{keep});
 }
 
 void Migration::end_guest_waits() {
@@ -172,7 +242,14 @@ void Migration::end_guest_waits() {
 
 void Migration::close_when_drained() {
   if (!ended_ || close_sent_) return;
-  if (!in_flight_.empty() && context_.now - ended_at_ < close_wait) return;
+  const bool patient = context_.now - ended_at_ < close_wait;
+  if (!in_flight_.empty() && patient) return;
+  // So that a restart need not send again what has been answered.
+  if (suspended_ && patient && info_.can_flush && map_ && !unflushed_.clean() &&
+      !last_flush_sent_) {
+    last_flush_sent_ = flush_target().has_value();
+    if (last_flush_sent_) return;
+  }
   close_sent_ = true;
   context_.out->emplace_back(CloseTarget{});
 }
@@ -201,6 +278,51 @@ void Migration::cancel(CommandId command) {
   }
   end(Phase::cancelled, {});
   context_.done(command, true);
+}
+
+void Migration::suspend() {
+  if (switchover_.decided()) return;
+  suspended_ = true;
+  end(Phase::cancelled, {});
+}
+
+void Migration::verify(const Verify& event) {
+  if (!event.acknowledge) {
+    verifier_.start(event.command);
+    return;
+  }
+  differing_bytes_ = 0;
+  context_.done(event.command, true);
+}
+
+void Migration::verification_ended(std::uint64_t differing, bool complete) {
+  differing_bytes_ += differing;
+  verified_ = complete && differing == 0;
+  verify_at_ = context_.now + verify_pause;
+}
+
+// What was asked for, or what a switchover by itself needs after a restart.
+void Migration::maybe_verify() {
+  const bool wanted = options_.verify || (unsure() && options_.switch_when != SwitchWhen::manual);
+  if (!wanted || verified_ || differing_bytes_ != 0 || !in_sync_ || verifier_.running() ||
+      context_.now < verify_at_ || switchover_.state() != Switchover::State::none) {
+    return;
+  }
+  verifier_.start(std::nullopt);
+}
+
+std::string Migration::doubt() const {
+  if (differing_bytes_ != 0) {
+    return "a verification found " + std::to_string(differing_bytes_) +
+           " bytes that differed, and sent them again: find out why, then acknowledge it (verify "
+           "--acknowledge)";
+  }
+  if (options_.verify && !verified_) return "not verified yet (--verify): it will be, once in sync";
+  if (unsure() && !NBDFERRY_MUTANT(resume_never_doubts)) {
+    return "after a restart this target can't prove that it is what it was: verify first (or "
+           "migrate with --trust-target)";
+  }
+  return {};
 }
 
 void Migration::set(const Set& event) {
@@ -314,9 +436,12 @@ void Migration::steer() {
 void Migration::expire_suspects() {
   if (suspects_.empty()) return;
   const auto over = suspects_.expire(context_.now);
-  if (over.empty() || !map_) return;
-  for (const auto& r : over) map_->clear_flag(r, ChunkFlag::suspect);
-  suspects_.for_each([&](ByteRange r) { map_->set_flag(r, ChunkFlag::suspect); });
+  if (over.empty()) return;
+  if (map_) {
+    for (const auto& r : over) map_->clear_flag(r, ChunkFlag::suspect);
+    suspects_.for_each([&](ByteRange r) { map_->set_flag(r, ChunkFlag::suspect); });
+  }
+  for (const auto& r : over) settle(r);
   copier_.poke();
 }
 
@@ -335,13 +460,14 @@ void Migration::tick() {
     expire_sync_waits();
     leave_fallback();
     steer();
+    maybe_verify();
     switchover_.tick();
     copier_.poke();
   }
 }
 
 void Migration::try_to_start() {
-  if (started_ || !link_up_) return;
+  if (started_ || !link_up_ || verifier_.sampling()) return;
   bool older = false;
   guests_.for_each([&](GuestOp& op) {
     older = older || (is_write(op.command) && static_cast<std::uint64_t>(op.id) < start_barrier_);
@@ -412,7 +538,7 @@ void Migration::update_in_sync() {
 // is on the target, that holds a state that the guest's disk could have had.
 void Migration::update_consistent() {
   if (options_.consistency != Consistency::crash) return;
-  const bool level = mirroring() && map_->stale_bytes() == 0 &&
+  const bool level = mirroring() && map_->stale_bytes() == 0 && !unsure() &&
                      (overwrites_ == 0 || NBDFERRY_MUTANT(consistent_while_overwriting)) &&
                      (map_->armed_bytes() == 0 || NBDFERRY_MUTANT(consistent_while_copying));
   if (level && !level_) {
@@ -463,6 +589,8 @@ void Migration::report(Status& s) const {
   s.suspect_bytes = suspects_.bytes();
   s.quarantine_left = quarantine_left();
   s.unreadable_bytes = copier_.unreadable_bytes();
+  s.resumed = resumed_;
+  s.resumed_bytes = resumed_bytes_;
   s.verified_bytes = verifier_.verified_bytes();
   s.mismatched_bytes = verifier_.mismatched_bytes();
   s.verifying = verifier_.running();

@@ -27,6 +27,7 @@
 #include "mirror/pacer.hpp"
 #include "mirror/rate_meter.hpp"
 #include "mirror/read_share.hpp"
+#include "mirror/resume_map.hpp"
 #include "mirror/suspects.hpp"
 #include "mirror/switchover.hpp"
 #include "mirror/target_ops.hpp"
@@ -37,14 +38,15 @@ namespace nbdferry::mirror {
 
 class Migration {
  public:
-  Migration(Context& context, GuestOps& guests, Suspects& suspects, const Start& start);
+  Migration(Context& context, GuestOps& guests, Suspects& suspects, ResumeMap& resume,
+            const Start& start);
 
   // --- events ---
   void target_up(const TargetUp& event);
   void target_window(const TargetWindow& event);
   void target_lost(const std::string& reason);
   void target_refused(const std::string& reason);
-  void target_closed() { closed_ = true; }
+  void target_closed();
   void source_done(SourceDone&& event);  // kinds readback, copy, hint, verify
   void target_done(TargetDone&& event);
   void tick();
@@ -75,6 +77,8 @@ class Migration {
   void pause(CommandId command);
   void resume(CommandId command);
   void cancel(CommandId command);
+  void suspend();
+  void verify(const Verify& event);
   void set(const Set& event);
   [[nodiscard]] Switchover& switchover() { return switchover_; }
   [[nodiscard]] Verifier& verifier() { return verifier_; }
@@ -89,6 +93,8 @@ class Migration {
   [[nodiscard]] Duration pacing_delay() const { return ended_ ? Duration{0} : pacer_.delay(); }
   // Why the target was refused since the switchover was decided, if it was.
   [[nodiscard]] const std::optional<std::string>& refused() const { return refused_; }
+  // Why the target's content is not to be relied upon, though nothing is owed to it; or empty.
+  [[nodiscard]] std::string doubt() const;
   [[nodiscard]] const TargetInfo& info() const { return info_; }
   [[nodiscard]] const TargetWindow& window() const { return window_; }
   [[nodiscard]] const MigrateOptions& options() const { return options_; }
@@ -120,6 +126,7 @@ class Migration {
     return !suspects_.empty() && context_.now < inherited_until_;
   }
   [[nodiscard]] std::uint64_t unreadable_bytes() const { return copier_.unreadable_bytes(); }
+  [[nodiscard]] bool unreadable(ByteRange range) const { return copier_.unreadable(range); }
   void enter_mode(Mode mode, const std::string& reason);
   // After a switchover was given up: the mode as it would be without.
   void restore_mode();
@@ -144,7 +151,15 @@ class Migration {
   [[nodiscard]] std::uint64_t read_share() const { return read_share_.bytes(); }
   // Does the target's block status tell what it holds? Not when a flush has failed: what that gave
   // up reads as it was written, no later flush brings it to the disk, and a restart undoes it.
-  [[nodiscard]] bool knows_zeroes() const { return info_.has_allocation && !flush_failed_; }
+  // Nor after a resume: what was written before that is forgotten.
+  [[nodiscard]] bool knows_zeroes() const {
+    return info_.has_allocation && !flush_failed_ &&
+           (!resumed_ || NBDFERRY_MUTANT(zeroes_known_after_resume));
+  }
+  // A sample of what it should hold is not there: nothing that it was believed to hold counts.
+  void distrust(std::uint64_t at);
+  void sample_was_good() { sampled_ = true; }
+  void verification_ended(std::uint64_t differing, bool complete);
   // The target's block status says that it is zero here, where the source is, too.
   void trust_zeroes(ByteRange range);
   void count_copied(std::uint64_t sent, std::uint64_t zeroed) {
@@ -158,6 +173,15 @@ class Migration {
     ByteRange range;
   };
 
+  void adopt();
+  // Resumed, and no reason yet to believe that the target still is what it was.
+  [[nodiscard]] bool unsure() const { return unproven_ && !verified_ && !options_.trust_target; }
+  void lift_suspects();
+  [[nodiscard]] Ranges samples() const;
+  void settle(ByteRange range);
+  void trust_flushed(ByteRange run);
+  void trust_idle(ByteRange chunks);
+  void maybe_verify();
   [[nodiscard]] bool mirroring() const { return started_ && link_up_ && !paused_ && !ended_; }
   [[nodiscard]] std::string check_target(const TargetInfo& info) const;
   void try_to_start();
@@ -217,6 +241,7 @@ class Migration {
   Context& context_;
   GuestOps& guests_;
   Suspects& suspects_;
+  ResumeMap& resume_;
   const Time inherited_until_;  // suspects that were there before
   MigrateOptions options_;
   TargetInfo info_;
@@ -246,6 +271,15 @@ class Migration {
   bool link_up_ = false;
   bool ever_up_ = false;
   bool started_ = false;
+  const bool resumed_;
+  bool sampled_ = false;   // resumed: a sample of the target is as it should be
+  bool unproven_ = false;  // resumed, and nothing but the sample says that it is the same target
+  std::uint64_t resumed_bytes_ = 0;
+  bool verified_ = false;
+  std::uint64_t differing_bytes_ = 0;  // found by verifications, not acknowledged by the operator
+  Time verify_at_{0};                  // by ourselves, the next time
+  bool suspended_ = false;
+  bool last_flush_sent_ = false;
   std::optional<std::string> refused_;
   bool paused_ = false;
   bool in_sync_ = false;

@@ -19,6 +19,7 @@ ByteRange Migration::blocks_of(ByteRange range) const {
 
 void Migration::mark_stale(ByteRange blocks, const char* why) {
   const ByteRange r = map_->stale_closure(blocks);
+  resume_.touch(r);
   map_->set(r, BlockState::stale);
   if (!NBDFERRY_MUTANT(stale_keeps_queued)) queue_.discard(r);
   if (!NBDFERRY_MUTANT(stale_keeps_copies)) copier_.discard(r);
@@ -31,7 +32,7 @@ void Migration::mark_stale(ByteRange blocks, const char* why) {
 }
 
 void Migration::classify(GuestOp& op) {
-  if (!map_ || ended_) return;
+  if (!map_ || (ended_ && !suspended_)) return;
   const ByteRange blocks = blocks_of(op.range);
   verifier_.touched(blocks);
   heat_->wrote(blocks);

@@ -108,6 +108,7 @@ bool Migration::dispatch_mirrored() {
                     {},
                     context_.now});
     map_->set_flag(op.range, ChunkFlag::written);
+    resume_.send(op.range);
     context_.submit_target(std::move(op));
     bandwidth_.sent(sent);
     copy_credit_ = std::min(copy_credit_max, copy_credit_ + sent / mirrored_per_copied);
@@ -177,7 +178,10 @@ bool Migration::dispatch_copy(Turn turn) {
   op.payload = std::move(piece.payload);
   in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false,
                   piece.copy, context_.now});
-  if (is_write(op.command)) map_->set_flag(op.range, ChunkFlag::written);
+  if (is_write(op.command)) {
+    map_->set_flag(op.range, ChunkFlag::written);
+    resume_.send(op.range);
+  }
   context_.submit_target(std::move(op));
   bandwidth_.sent(bytes);
   deadline_share_.sent(bytes);
@@ -195,7 +199,16 @@ void Migration::trust_zeroes(ByteRange range) {
   }
 }
 
-bool Migration::dispatch_verify() { return verifier_.start_one(); }
+bool Migration::dispatch_verify() {
+  if (!verifier_.running()) return false;
+  if (!bandwidth_.may_send()) {
+    throttled_ = true;
+    return false;
+  }
+  const auto bytes = verifier_.start_one();
+  bandwidth_.sent(bytes.value_or(0));
+  return bytes.has_value();
+}
 
 std::optional<OpId> Migration::flush_target() {
   if (flush_op_ || !link_up_ || !in_flight_.has_room(0)) return std::nullopt;
@@ -230,7 +243,7 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
   flushed_at_ = context_.now;
   const bool good = error == IoError::none;
   if (good) {
-    unflushed_.succeeded(*map_);
+    for (const auto& r : unflushed_.succeeded(*map_)) trust_flushed(r);
   } else if (!ended_) {
     ++context_.counters.flush_failures;
     flush_failed_ = !NBDFERRY_MUTANT(zeroes_survive_failed_flush);
@@ -253,6 +266,60 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
   switchover_.flushed(op.id, good);
 }
 
+// Of a flush that went well: what a restart may take for granted. Not what has been written since, or is
+// about to be.
+void Migration::trust_flushed(ByteRange run) {
+  if (!resume_.kept()) return;
+  const auto whole_chunks = [&](ByteRange r) {
+    ByteRange whole = r.narrowed(chunk_size);
+    if (r.end == map_->size()) whole.end = r.end;
+    return whole;
+  };
+  map_->for_each_run(run, [&](ByteRange r, BlockState state) {
+    if (state != BlockState::synced) return;
+    map_->for_each_flag_run(whole_chunks(r), unflushed_.flag(), [&](ByteRange part, bool later) {
+      if (!later || NBDFERRY_MUTANT(resume_trusts_later_writes)) trust_idle(part);
+    });
+  });
+}
+
+void Migration::trust_idle(ByteRange chunks) {
+  const auto busy = [&](ByteRange r) {
+    if (NBDFERRY_MUTANT(resume_trusts_queued)) return false;
+    bool running = false;
+    guests_.for_each_running(r, [&](GuestOp&) { running = true; });
+    return running || queue_.overlaps(r) || in_flight_.writes_in(r);
+  };
+  if (!busy(chunks)) {
+    resume_.trust(chunks);
+    return;
+  }
+  if (chunks.length() <= chunk_size) return;
+  // What is busy is rare in what is long.
+  const std::uint64_t middle = chunks.begin + chunks.length() / 2 / chunk_size * chunk_size;
+  trust_idle({chunks.begin, std::max(middle, chunks.begin + chunk_size)});
+  trust_idle({std::max(middle, chunks.begin + chunk_size), chunks.end});
+}
+
+// No write of it is unanswered: none of the same chunks is in flight, or was lost lately.
+void Migration::settle(ByteRange range) {
+  if (!resume_.kept()) return;
+  if (!map_) {
+    if (!suspects_.any(range.widened(chunk_size))) resume_.settle(range);
+    return;
+  }
+  const ByteRange chunks = range.widened(chunk_size).intersect({0, map_->size()});
+  map_->for_each_flag_run(chunks, ChunkFlag::suspect, [&](ByteRange run, bool suspect) {
+    if (suspect && !NBDFERRY_MUTANT(resume_settles_suspects)) return;
+    // Beside whole chunks only those at the ends may have anything else.
+    const ByteRange first{run.begin, std::min(run.begin + chunk_size, run.end)};
+    const ByteRange last{std::max(first.end, (run.end - 1) / chunk_size * chunk_size), run.end};
+    if (!in_flight_.writes_in(first)) resume_.settle(first);
+    if (first.end < last.begin) resume_.settle({first.end, last.begin});
+    if (!last.empty() && !in_flight_.writes_in(last)) resume_.settle(last);
+  });
+}
+
 void Migration::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
   queue_.unpark(op.id);
@@ -266,6 +333,7 @@ void Migration::target_done(TargetDone&& event) {
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
       if (op.window_bytes != 0) bulk_window_.answered(context_.now - op.sent_at);
       if (info_.can_flush) unflushed_.written(*map_, op.range);
+      if (NBDFERRY_MUTANT(resume_trusts_unflushed)) resume_.trust(op.range);
     }
   } else if (event.error == IoError::lost && wrote && !NBDFERRY_MUTANT(lost_is_not_suspect)) {
     // The old server may apply it at any later time (rule 8), whatever becomes of the migration.
@@ -273,6 +341,7 @@ void Migration::target_done(TargetDone&& event) {
     suspects_.add(blocks_of(op.range), context_.now + options_.quarantine);
     map_->set_flag(blocks_of(op.range), ChunkFlag::suspect);
   }
+  if (wrote) settle(op.range);
   if (op.kind == OpKind::flush) {
     flush_done(op, event.error);
     return;

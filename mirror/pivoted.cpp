@@ -18,11 +18,43 @@ constexpr std::uint64_t retained_overhead = 128;
 
 }  // namespace
 
-Pivoted::Pivoted(Context& context, GuestOps& guests, const MigrateOptions& options,
-                 const TargetInfo& info, const TargetWindow& window)
-    : context_(context), guests_(guests), options_(options), info_(info), window_(window) {
+Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
+                 const MigrateOptions& options, const TargetInfo& info, const TargetWindow& window)
+    : context_(context),
+      guests_(guests),
+      resume_(resume),
+      options_(options),
+      info_(info),
+      window_(window) {
   in_flight_.set_window(window.window_ops, window.window_bytes);
   in_flight_.set_alignment(std::max<std::uint64_t>(block_size_min, info.block_min));
+}
+
+Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
+                 const MigrateOptions& options)
+    : context_(context),
+      guests_(guests),
+      resume_(resume),
+      options_(options),
+      link_up_(false),
+      met_(false),
+      lost_at_(context.now),
+      flush_wanted_(true) {
+  if (!NBDFERRY_MUTANT(pivot_restart_no_quarantine)) {
+    for (const auto& r : resume.sent()) {
+      quarantines_.push_back({r, context.now + options.quarantine});
+    }
+  }
+  context_.out->emplace_back(OpenTarget{});
+}
+
+void Pivoted::settle(ByteRange range) {
+  if (!resume_.kept()) return;
+  const std::uint64_t size = context_.config.size;
+  for (std::uint64_t at = range.begin / chunk_size * chunk_size; at < range.end; at += chunk_size) {
+    const ByteRange chunk{at, std::min(at + chunk_size, size)};
+    if (!in_flight_.writes_in(chunk) && !in_quarantine(chunk)) resume_.settle(chunk);
+  }
 }
 
 // --- requests ---
@@ -89,6 +121,10 @@ bool Pivoted::try_flush(GuestOp& op) {
     start_replay(true);
     return true;
   }
+  if (std::exchange(loss_unreported_, false)) {
+    complete(op.id, IoError::io);
+    return true;
+  }
   if (!in_flight_.has_room(0)) return false;
   submit_flush(op.id);
   return true;
@@ -134,6 +170,7 @@ void Pivoted::submit_piece(GuestOp& op, Request& request, ByteRange piece) {
                   std::nullopt, false, op.id});
   ++request.in_flight;
   request.sent_until = piece.end;
+  if (is_write(disk.command)) resume_.send(piece);
   context_.submit_target(std::move(disk));
 }
 
@@ -160,7 +197,8 @@ void Pivoted::pump() {
   const bool much = retained_bytes_ >= options_.buffer_bytes / 2;
   // What a quarantine holds back no flush releases.
   const bool helps = acknowledged_ > flushed_up_to_;
-  if (serving() && much && helps && !own_flush_ && in_flight_.has_room(0)) {
+  const bool wanted = flush_wanted_ || (much && helps);
+  if (serving() && wanted && !own_flush_ && in_flight_.has_room(0)) {
     submit_flush(std::nullopt);
   }
 }
@@ -173,6 +211,7 @@ void Pivoted::target_done(TargetDone&& event) {
       !NBDFERRY_MUTANT(pivot_no_quarantine)) {
     quarantines_.push_back({op.range, context_.now + options_.quarantine});
   }
+  if (is_write(op.command)) settle(op.range);
   switch (op.kind) {
     case OpKind::guest:
       guest_done(op, std::move(event));
@@ -292,8 +331,10 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
   if (!guest) own_flush_ = false;
   if (error == IoError::none) {
     flushed_up_to_ = std::max(flushed_up_to_, cut);
+    flush_wanted_ = false;
     release(cut);
   } else {
+    if (error != IoError::lost && std::exchange(flush_wanted_, false)) loss_unreported_ = true;
     // Something was not written, perhaps, and another flush would not say so: write it again, and
     // what is in flight, too, for the server may have it already.
     in_flight_.for_each([&](const TargetOp& o) {
@@ -328,8 +369,10 @@ void Pivoted::target_refused(const std::string& reason) {
 }
 
 void Pivoted::target_up(const TargetUp& event) {
+  const bool blocks_fit = met_ ? event.info.block_min == info_.block_min
+                               : event.info.block_min <= context_.config.promised_block_min;
   if (event.info.size < context_.config.size || event.info.read_only || !event.info.can_flush ||
-      event.info.block_min != info_.block_min) {
+      !blocks_fit) {
     last_error_ = "the target came back as another export: smaller, read-only or without flush";
     context_.notice(last_error_);
     context_.out->emplace_back(CloseTarget{});
@@ -338,7 +381,13 @@ void Pivoted::target_up(const TargetUp& event) {
   info_ = event.info;
   target_window({event.window_ops, event.window_bytes});
   link_up_ = true;
-  context_.notice("the target is back");
+  context_.notice(met_ ? "the target is back" : "the target serves");
+  if (!met_) in_flight_.set_alignment(std::max<std::uint64_t>(block_size_min, info_.block_min));
+  met_ = true;
+  if (info_.fenced) {
+    quarantines_.clear();
+    resume_.settle({0, context_.config.size});
+  }
   if (!NBDFERRY_MUTANT(pivot_no_replay)) start_replay(true);
 }
 
@@ -387,6 +436,7 @@ void Pivoted::pump_replay() {
     in_flight_.add(
         {disk.id, OpKind::replay, disk.command, disk.range, bytes, 0, std::nullopt, false, {}});
     ++context_.counters.replayed_writes;
+    resume_.send(disk.range);
     context_.submit_target(std::move(disk));
   }
 }
@@ -439,7 +489,13 @@ void Pivoted::tick() {
   });
   // Nothing late can land any more: put what was written on top of what may have landed.
   start_replay(false);
-  std::erase_if(quarantines_, [&](const Quarantine& q) { return q.until <= context_.now; });
+  std::vector<ByteRange> ended;
+  std::erase_if(quarantines_, [&](const Quarantine& q) {
+    if (q.until > context_.now) return false;
+    ended.push_back(q.range);
+    return true;
+  });
+  for (const auto& r : ended) settle(r);
 }
 
 void Pivoted::report(Status& s) const {

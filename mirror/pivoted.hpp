@@ -5,6 +5,9 @@
 // target before the replay is acknowledged. What was sent and unanswered at a loss may still land
 // (rule 8): such ranges stay retained through the quarantine, are read from there, and are written
 // again at its end. Requests wait for the target up to the reconnect delay, then fail with EIO.
+//
+// After a restart of the process the target is reached anew: what the state says was sent may still land.
+// What had been acknowledged and not flushed is the target's then: it is lost if that restarted, too.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +17,17 @@
 
 #include "mirror/context.hpp"
 #include "mirror/guest_ops.hpp"
+#include "mirror/resume_map.hpp"
 #include "mirror/target_ops.hpp"
 
 namespace nbdferry::mirror {
 
 class Pivoted {
  public:
-  Pivoted(Context& context, GuestOps& guests, const MigrateOptions& options, const TargetInfo& info,
-          const TargetWindow& window);
+  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, const MigrateOptions& options,
+          const TargetInfo& info, const TargetWindow& window);
+  // At the start of a process: the target is yet to be reached.
+  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, const MigrateOptions& options);
 
   void submit(GuestOp& op);
 
@@ -76,6 +82,8 @@ class Pivoted {
   void submit_piece(GuestOp& op, Request& request, ByteRange piece);
   void submit_flush(std::optional<OpId> guest);
   void complete(OpId guest, IoError error);
+  // A write of `range` was answered, or can't land late any more.
+  void settle(ByteRange range);
   void retain(const GuestOp& op, ByteRange piece);
   void release(std::uint64_t up_to);
   void overlay(ByteRange range, std::byte* data) const;
@@ -89,11 +97,13 @@ class Pivoted {
 
   Context& context_;
   GuestOps& guests_;
+  ResumeMap& resume_;
   MigrateOptions options_;
   TargetInfo info_;
   TargetWindow window_;
 
   bool link_up_ = true;
+  bool met_ = true;  // info_ says what the target is
   Time lost_at_{0};
   std::optional<Time> reopen_at_;
   std::string last_error_;
@@ -112,6 +122,8 @@ class Pivoted {
   std::unordered_map<OpId, std::uint64_t> flush_cuts_;       // flush -> what it covers
   std::unordered_map<OpId, Retainments::iterator> replays_;  // stays in place while it is replayed
   bool own_flush_ = false;
+  bool flush_wanted_ = false;     // after a restart: what had been acknowledged may not be flushed
+  bool loss_unreported_ = false;  // that flush failed: the guest's next one says so
 };
 
 }  // namespace nbdferry::mirror

@@ -38,7 +38,7 @@ std::string Switchover::obstacle() const {
   if (!m_.in_sync()) {
     return "not in sync yet: " + std::to_string(m_.debt_bytes()) + " bytes to go";
   }
-  return {};
+  return m_.doubt();
 }
 
 // What was promised to the guest must hold on the target (DESIGN.md, "Pivoted").

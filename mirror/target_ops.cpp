@@ -16,6 +16,16 @@ std::optional<OpId> TargetOps::conflict(ByteRange range) const {
   return std::nullopt;
 }
 
+bool TargetOps::writes_in(ByteRange range) const {
+  auto it = by_begin_.upper_bound(range.begin);
+  if (it != by_begin_.begin()) --it;
+  for (; it != by_begin_.end() && it->first < range.end; ++it) {
+    const TargetOp& op = ops_.at(it->second);
+    if (is_write(op.command) && op.range.overlaps(range)) return true;
+  }
+  return false;
+}
+
 void TargetOps::add(TargetOp op) {
   NBDFERRY_ASSERT(has_room(op.window_bytes), "more in flight than the target's window");
   bytes_ += op.window_bytes;

@@ -40,6 +40,8 @@ class TargetOps {
   }
   [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
   [[nodiscard]] std::optional<OpId> conflict(ByteRange range) const;
+  // Is a write of any of it in flight?
+  [[nodiscard]] bool writes_in(ByteRange range) const;
 
   void add(TargetOp op);
   [[nodiscard]] TargetOp remove(OpId id);

@@ -16,29 +16,49 @@ constexpr Duration retry_pause = std::chrono::milliseconds(20);
 
 }  // namespace
 
-void Verifier::start(CommandId command) {
+void Verifier::start(std::optional<CommandId> command) {
   Context& context = m_.context();
-  if (running()) {
-    context.done(command, false, "cannot verify: a verification is running");
+  const auto refuse = [&](const char* why) {
+    if (command) context.done(*command, false, why);
+  };
+  if (purpose_ == Purpose::whole && !command_) {
+    command_ = command;  // it runs by itself: its verdict is the answer
+    begun_earlier_ = true;
     return;
   }
+  if (running()) return refuse("cannot verify: a verification is running");
   if (!m_.in_sync() || m_.switchover().state() != Switchover::State::none) {
-    context.done(command, false,
-                 "cannot verify: the migration is not in sync (or is switching over)");
-    return;
+    return refuse("cannot verify: the migration is not in sync (or is switching over)");
   }
+  purpose_ = Purpose::whole;
   command_ = command;
-  cursor_ = 0;
   retry_at_ = Time{0};
-  verified_ = mismatched_ = skipped_ = 0;
+  begun_earlier_ = std::exchange(stopped_, false);
+  if (begun_earlier_) return;
+  cursor_ = 0;
+  verified_ = mismatched_ = skipped_ = unreadable_ = 0;
+}
+
+void Verifier::sample(const std::vector<ByteRange>& parts) {
+  purpose_ = Purpose::samples;
+  batch_.clear();
+  for (const auto& part : parts) {
+    for (std::uint64_t at = part.begin; at < part.end; at += comparison_bytes()) {
+      batch_.push_back({{at, std::min(at + comparison_bytes(), part.end)}, 0});
+    }
+  }
 }
 
 void Verifier::stop(const char* why) {
+  if (purpose_ == Purpose::whole) {
+    stopped_ = true;
+    retry_.insert(retry_.end(), batch_.begin(), batch_.end());
+  }
+  batch_.clear();
+  purpose_ = Purpose::none;
   if (!command_) return;
   m_.context().done(*std::exchange(command_, std::nullopt), false,
-                    "verification stopped: " + std::string(why));
-  retry_.clear();
-  batch_.clear();
+                    "verification stopped: " + std::string(why) + " (it can be continued)");
 }
 
 void Verifier::touched(ByteRange range) {
@@ -57,18 +77,28 @@ bool Verifier::quiet(ByteRange range) {
 }
 
 void Verifier::again(Job job) {
+  if (sampling()) return;  // there are others
   if (++job.tries >= tries_max) {
     skipped_ += job.range.length();
     return;
   }
   // Smaller pieces are quiet more often.
-  const std::uint64_t half = job.range.length() / 2 / m_.block_size() * m_.block_size();
-  if (half != 0) {
+  const std::uint64_t block = m_.block_size();
+  if (job.range.length() > block) {
+    const std::uint64_t half = std::max<std::uint64_t>(1, job.range.length() / 2 / block) * block;
     const std::uint64_t middle = job.range.begin + half;
     retry_.push_back({{middle, job.range.end}, job.tries});
     job.range.end = middle;
   }
   retry_.push_back(job);
+}
+
+// A block that can't be read, in a migration that may do without it.
+bool Verifier::left_out(ByteRange range, bool unreadable) {
+  const bool out = unreadable && !sampling() && m_.options().skip_unreadable &&
+                   range.length() <= m_.block_size();
+  if (out) unreadable_ += range.length();
+  return out;
 }
 
 std::uint64_t Verifier::comparison_bytes() const {
@@ -77,7 +107,7 @@ std::uint64_t Verifier::comparison_bytes() const {
 
 std::optional<Verifier::Job> Verifier::next_job() {
   const std::uint64_t size = m_.map().size();
-  if (cursor_ < size) {
+  if (!sampling() && cursor_ < size) {
     const std::uint64_t end = std::min(size, cursor_ + comparison_bytes());
     Job job{{cursor_, end}, 0};
     cursor_ = end;
@@ -85,7 +115,7 @@ std::optional<Verifier::Job> Verifier::next_job() {
   }
   if (batch_.empty()) {
     // All that had to wait at once, so that what is never quiet does not hold up the rest.
-    if (retry_.empty() || m_.context().now < retry_at_) return std::nullopt;
+    if (sampling() || retry_.empty() || m_.context().now < retry_at_) return std::nullopt;
     batch_.swap(retry_);
     retry_at_ = m_.context().now + retry_pause;
   }
@@ -94,16 +124,17 @@ std::optional<Verifier::Job> Verifier::next_job() {
   return job;
 }
 
-bool Verifier::start_one() {
-  if (!running() || m_.holds_writes() || comparisons_.size() >= comparisons_max) return false;
-  if (!m_.in_flight().has_room(comparison_bytes())) return false;
+std::optional<std::uint64_t> Verifier::start_one() {
+  if (!running() || m_.holds_writes() || comparisons_.size() >= comparisons_max) return {};
+  if (!m_.in_flight().has_room(comparison_bytes())) return {};
   const auto job = next_job();
-  if (!job) return false;
+  if (!job) return {};
   if (!quiet(job->range)) {
-    again(*job);
-    return true;
+    if (!left_out(job->range, m_.unreadable(job->range))) again(*job);
+    return 0;
   }
   Comparison c;
+  c.purpose = purpose_;
   c.job = *job;
   DiskOp op;
   op.command = Command::read;
@@ -122,7 +153,7 @@ bool Verifier::start_one() {
                       {}});
   m_.context().submit_target(std::move(op));
   comparisons_.push_back(std::move(c));
-  return true;
+  return job->range.length();
 }
 
 void Verifier::source_done(SourceDone&& event) {
@@ -130,6 +161,7 @@ void Verifier::source_done(SourceDone&& event) {
                                [&](const Comparison& c) { return c.source_op == event.id; });
   if (it == comparisons_.end()) return;
   it->source = std::move(event.data);
+  it->unreadable = event.error != IoError::none;
   part_done(it, event.error);
 }
 
@@ -146,8 +178,11 @@ void Verifier::part_done(std::list<Comparison>::iterator it, IoError error) {
   if (--it->pending != 0) return;
   Comparison c = std::move(*it);
   comparisons_.erase(it);
-  if (!running()) return;
-  if (c.error != IoError::none || c.dirty) {
+  if (c.purpose != purpose_) {
+    if (c.purpose == Purpose::whole && stopped_) retry_.push_back(c.job);
+  } else if (left_out(c.job.range, c.unreadable)) {
+    // Knowingly.
+  } else if (c.error != IoError::none || c.dirty) {
     again(c.job);
   } else {
     compare(c);
@@ -156,6 +191,15 @@ void Verifier::part_done(std::list<Comparison>::iterator it, IoError error) {
 
 void Verifier::compare(Comparison& c) {
   const std::uint64_t step = m_.block_size();
+  if (sampling()) {
+    const auto* const end = c.source.data() + c.job.range.length();
+    const auto* const differs = std::mismatch(c.source.data(), end, c.target.data()).first;
+    if (differs == end) return;
+    purpose_ = Purpose::none;
+    batch_.clear();
+    m_.distrust(c.job.range.begin + static_cast<std::uint64_t>(differs - c.source.data()));
+    return;
+  }
   verified_ += c.job.range.length();
   for (std::uint64_t at = c.job.range.begin; at < c.job.range.end; at += step) {
     const ByteRange block{at, std::min(at + step, c.job.range.end)};
@@ -170,18 +214,31 @@ void Verifier::compare(Comparison& c) {
 }
 
 void Verifier::finish_if_done() {
-  if (!running() || cursor_ < m_.map().size() || !retry_.empty() || !batch_.empty() ||
-      !comparisons_.empty()) {
+  if (!running() || !batch_.empty() || !comparisons_.empty()) return;
+  if (sampling()) {
+    purpose_ = Purpose::none;
+    m_.sample_was_good();
     return;
   }
+  if (cursor_ < m_.map().size() || !retry_.empty()) return;
+  purpose_ = Purpose::none;
   std::string message =
       std::to_string(verified_) + " bytes compared, " + std::to_string(mismatched_) + " differed";
   if (mismatched_ != 0) message += " and were sent again";
   if (skipped_ != 0) {
     message += "; " + std::to_string(skipped_) + " bytes were never quiet enough to compare";
   }
-  m_.context().done(*std::exchange(command_, std::nullopt), mismatched_ == 0 && skipped_ == 0,
-                    message);
+  if (unreadable_ != 0) {
+    message += "; " + std::to_string(unreadable_) + " bytes of the source can't be read";
+  }
+  if (begun_earlier_) message += " (begun earlier)";
+  const bool good = mismatched_ == 0 && skipped_ == 0;
+  m_.verification_ended(mismatched_, skipped_ == 0);
+  if (command_) {
+    m_.context().done(*std::exchange(command_, std::nullopt), good, message);
+  } else {
+    m_.context().notice("verified: " + message);
+  }
 }
 
 }  // namespace nbdferry::mirror

@@ -1,4 +1,5 @@
-// Verifier: compares source and target block by block while the guest writes.
+// Verifier: compares source and target block by block while the guest writes: all of the disk, or a
+// sample of it.
 //
 // A difference counts only if no write to the block was admitted, queued or in flight between the
 // start of the first read and the end of the second. What really differs becomes stale, and so
@@ -21,23 +22,28 @@ class Verifier {
  public:
   explicit Verifier(Migration& migration) : m_(migration) {}
 
-  void start(CommandId command);
+  // All of the disk, for an operator or by ourselves. One that was stopped goes on where it was.
+  void start(std::optional<CommandId> command);
+  // Parts of it, each once; says distrust() to the migration at the first difference.
+  void sample(const std::vector<ByteRange>& parts);
   void stop(const char* why);  // ends it without a verdict
 
-  [[nodiscard]] bool running() const { return command_.has_value(); }
+  [[nodiscard]] bool running() const { return purpose_ != Purpose::none; }
+  [[nodiscard]] bool sampling() const { return purpose_ == Purpose::samples; }
   [[nodiscard]] std::uint64_t verified_bytes() const { return verified_; }
   [[nodiscard]] std::uint64_t mismatched_bytes() const { return mismatched_; }
 
   // A write of `range` was admitted, or it became stale: comparisons of it do not count.
   void touched(ByteRange range);
 
-  // Starts one comparison if there is one to start and room for it.
-  bool start_one();
+  // Starts one comparison if there is one to start and room for it: the bytes that it reads.
+  std::optional<std::uint64_t> start_one();
   void source_done(SourceDone&& event);
   void target_done(const TargetOp& op, TargetDone&& event);
   void finish_if_done();
 
  private:
+  enum class Purpose : std::uint8_t { none, whole, samples };
   struct Job {
     ByteRange range;
     std::uint32_t tries = 0;
@@ -46,9 +52,11 @@ class Verifier {
     Job job;
     OpId source_op{};
     OpId target_op{};
+    Purpose purpose = Purpose::none;
     bool dirty = false;
     std::uint32_t pending = 2;
     IoError error = IoError::none;
+    bool unreadable = false;  // on the source
     Payload source;
     Payload target;
   };
@@ -57,19 +65,24 @@ class Verifier {
   [[nodiscard]] std::optional<Job> next_job();
   [[nodiscard]] bool quiet(ByteRange range);
   void again(Job job);
+  [[nodiscard]] bool left_out(ByteRange range, bool unreadable);
   void compare(Comparison& c);
   void part_done(std::list<Comparison>::iterator it, IoError error);
 
   Migration& m_;
+  Purpose purpose_ = Purpose::none;
   std::optional<CommandId> command_;
   std::uint64_t cursor_ = 0;
-  std::deque<Job> retry_;  // were not quiet, or changed while they were compared …
-  std::deque<Job> batch_;  // … and are being tried again
-  Time retry_at_{0};       // the next batch
+  bool stopped_ = false;        // before its end: there is something to go on with
+  bool begun_earlier_ = false;  // than the operator asked for it
+  std::deque<Job> retry_;       // were not quiet, or changed while they were compared …
+  std::deque<Job> batch_;       // … and are being tried again
+  Time retry_at_{0};            // the next batch
   std::list<Comparison> comparisons_;
   std::uint64_t verified_ = 0;
   std::uint64_t mismatched_ = 0;
   std::uint64_t skipped_ = 0;
+  std::uint64_t unreadable_ = 0;  // may be left out (--skip-unreadable)
 };
 
 }  // namespace nbdferry::mirror

@@ -110,6 +110,7 @@ struct Parsed {
   StatusCommand status;
   mirror::Set changes;
   Verb verb{};
+  bool acknowledge = false;
 };
 
 void define_serve(CLI::App& root, ServeCommand& serve) {
@@ -141,6 +142,10 @@ void define_serve(CLI::App& root, ServeCommand& serve) {
            [&serve](std::uint64_t size) { serve.disk.create_size = size; });
   app.add_option("--control", serve.control, "Control socket (default: DISK.ctl)")
       ->type_name("PATH");
+  app.add_option("--state", serve.disk.state_directory,
+                 "Where a migration keeps what a restart goes on from: a directory in memory (default: "
+                 "/run/nbdferry, else $XDG_RUNTIME_DIR/nbdferry)")
+      ->type_name("DIR");
   app.add_flag("--incoming", serve.disk.incoming,
                "Take writes only from a migration, until promote");
 }
@@ -217,6 +222,11 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
            "After a pivot: how long I/O waits for a lost target "
            "(default: 30s)",
            options.reconnect_delay);
+  app.add_flag("--verify", options.verify,
+               "Compare both sides once in sync; no switchover before they are found alike");
+  app.add_flag("--trust-target", options.trust_target,
+               "After a restart, believe that the target still is what it was, though it cannot "
+               "prove it: no verification before the switchover");
   app.add_flag("--skip-unreadable", options.skip_unreadable,
                "Allow the switchover although sectors of the source cannot be read");
 }
@@ -253,7 +263,14 @@ void define_others(CLI::App& root, Parsed& parsed) {
   add("pause", "Stop copying; guest writes become debt", Verb::pause);
   add("resume", "Copy again", Verb::resume);
   add("cancel", "Give the migration up; the guest stays on the source", Verb::cancel);
-  add("verify", "Compare source and target block by block, heal differences, report", Verb::verify);
+  CLI::App& verify =
+      define_client(root, parsed, "verify",
+                    "Compare source and target block by block, heal differences, report");
+  verify.add_flag("--acknowledge", parsed.acknowledge,
+                  "Compare nothing: the differences found so far, which are healed, no longer stand "
+                  "in a switchover's way");
+  verify.callback(
+      [&parsed] { parsed.verb = parsed.acknowledge ? Verb::acknowledge : Verb::verify; });
   add("unfence", "Serve a retired disk again: only if the target does not own it", Verb::unfence);
   CLI::App& set = define_client(root, parsed, "set", "Change a running migration");
   mirror::Set& changes = parsed.changes;

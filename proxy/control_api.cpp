@@ -70,11 +70,12 @@ void for_each_set_field(F&& f) {
   std::apply([&](const auto&... field) { (f(field), ...); }, set_fields);
 }
 
-constexpr std::array<std::pair<Verb, ControlCall>, 13> calls{{
+constexpr std::array<std::pair<Verb, ControlCall>, 14> calls{{
     {Verb::pause, {"/pause"}},
     {Verb::resume, {"/resume"}},
     {Verb::cancel, {"/cancel"}},
     {Verb::verify, {"/verify"}},
+    {Verb::acknowledge, {"/acknowledge"}},
     {Verb::promote, {"/promote"}},
     {Verb::unfence, {"/unfence"}},
     {Verb::prepare, {"/switch", "action", "prepare"}},
@@ -139,6 +140,11 @@ std::vector<std::string> read_uris(const json::value& value) {
   return {std::string(*uri)};
 }
 
+bool read_flag(const json::value& value, std::string_view field) {
+  if (!value.is_bool()) refuse(field, "must be true or false");
+  return value.get_bool();
+}
+
 // Too little is a mistake in the unit rather than a wish.
 std::uint64_t read_bandwidth(const json::value& value, std::string_view field) {
   const std::uint64_t rate = read_number(value, field, 0, buffer_bytes_max);
@@ -171,8 +177,11 @@ void read_field(MigrateRequest& request, std::string_view field, const json::val
   } else if (field == "bandwidth_bytes_per_second") {
     options.bandwidth = read_bandwidth(value, field);
   } else if (field == "skip_unreadable") {
-    if (!value.is_bool()) refuse(field, "must be true or false");
-    options.skip_unreadable = value.get_bool();
+    options.skip_unreadable = read_flag(value, field);
+  } else if (field == "verify") {
+    options.verify = read_flag(value, field);
+  } else if (field == "trust_target") {
+    options.trust_target = read_flag(value, field);
   } else if (field != "export") {
     refuse(field, "is not a field of a migration");
   }
@@ -188,7 +197,9 @@ json::object migrate_to_json(const MigrateRequest& request) {
                  {"consistency", name_of(options.consistency, consistencies)},
                  {"buffer_bytes", options.buffer_bytes},
                  {"bandwidth_bytes_per_second", options.bandwidth},
-                 {"skip_unreadable", options.skip_unreadable}};
+                 {"skip_unreadable", options.skip_unreadable},
+                 {"verify", options.verify},
+                 {"trust_target", options.trust_target}};
   o["uris"] = json::array(request.uris.begin(), request.uris.end());
   for (const TimeField& time : time_fields) {
     o[time.name] =

@@ -22,8 +22,8 @@ constexpr Duration tick_period = std::chrono::milliseconds(5);
 constexpr Duration guest_idle = std::chrono::milliseconds(50);
 
 mirror::Serving serving_for(Role role) {
-  const bool ours = role == Role::owner || role == Role::incoming;
-  return ours ? mirror::Serving::source : mirror::Serving::nobody;
+  if (role == Role::pivoted) return mirror::Serving::target;
+  return role == Role::retired ? mirror::Serving::nobody : mirror::Serving::source;
 }
 
 }  // namespace
@@ -75,7 +75,7 @@ ExportImpl::ExportImpl(boost::asio::io_context& io, const ExportOptions& options
   config.promised_block_min = info_.block_min;
   config.serving = serving_for(ownership_.role);
   engine_ = std::make_unique<mirror::Engine>(config);
-  if (ownership_.role == Role::retired || ownership_.role == Role::pivoted) {
+  if (ownership_.role == Role::retired) {
     log_line(
         fmt::format("{}: {} to {}: refusing all I/O (serve it there; or, if this copy is to "
                     "count again, unfence it)",
@@ -84,6 +84,7 @@ ExportImpl::ExportImpl(boost::asio::io_context& io, const ExportOptions& options
     log_line(fmt::format("{}: incoming: takes writes only from its migration until promoted",
                          options.disk));
   }
+  restore();
 }
 
 ExportImpl::~ExportImpl() { helper_.join(); }
@@ -150,6 +151,8 @@ void ExportImpl::drain() {
     perform();
   }
   draining_ = false;
+  if (state_) state_->beat(disk_->writes_in_flight() != 0);
+  wrote_ = false;
   arm_ticks();
 }
 
@@ -162,6 +165,7 @@ void ExportImpl::perform() {
 
 void ExportImpl::on(mirror::SubmitSource&& a) {
   mirror::SourceDone done;
+  if (state_ && is_write(a.op.command) && !std::exchange(wrote_, true)) state_->beat(true);
   if (disk_->submit(std::move(a.op), done)) enqueue(std::move(done));
 }
 
@@ -375,25 +379,31 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
   const bool ended = core.phase == Phase::idle || core.phase == Phase::failed ||
                      core.phase == Phase::cancelled || core.phase == Phase::switched;
   const bool may_start = ended && core.serving == mirror::Serving::source;
+  const bool go_on = may_start && goes_on(request);
   if (may_start) {
     try {
       // A malformed URI is found before anything starts.
       transport::TargetConfig trial;
       trial.uris = request.uris;
       (void)transport::Target::create(io_.get_executor(), std::move(trial), [](mirror::Event&&) {});
-      migration_id_ = new_migration_id(options_.disk);
+      if (!go_on) migration_id_ = new_migration_id(options_.disk);
     } catch (const std::exception& e) {
       done(false, e.what());
       return;
     }
-    request_ = std::move(request);
     progress_ = 0;
+    start(std::move(request), std::move(done), go_on);
+    return;
   }
-  post(mirror::Start{remember(std::move(done)), request_.options});
+  post(mirror::Start{remember(std::move(done)), request_.options, {}, false});
 }
 
 void ExportImpl::set(mirror::Set request, CommandHandler done) {
-  request.command = remember(std::move(done));
+  request.command = remember(
+      [this, changes = request, done = std::move(done)](bool ok, const std::string& message) {
+        if (ok) remember_changes(changes);
+        done(ok, message);
+      });
   post(std::move(request));
 }
 
@@ -420,6 +430,9 @@ void ExportImpl::command(Verb verb, CommandHandler done) {
       break;
     case Verb::verify:
       post(mirror::Verify{id});
+      break;
+    case Verb::acknowledge:
+      post(mirror::Verify{id, true});
       break;
     case Verb::prepare:
       post(mirror::Prepare{id});

@@ -25,6 +25,7 @@ struct ExportOptions {
   bool direct = false;    // O_DIRECT
   bool incoming = false;  // take writes only from a migration until promoted
   std::optional<std::uint64_t> create_size;
+  std::string state_directory;  // of what a restart goes on from; empty: the default one
 };
 
 struct MigrateRequest {
@@ -66,6 +67,7 @@ enum class Verb : std::uint8_t {
   resume,
   cancel,
   verify,
+  acknowledge,
   prepare,
   seal,
   commit_pivot,

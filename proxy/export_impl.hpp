@@ -19,6 +19,7 @@
 #include "proxy/guest_meter.hpp"
 #include "proxy/local_disk.hpp"
 #include "proxy/owner_record.hpp"
+#include "proxy/state_file.hpp"
 #include "transport/target.hpp"
 
 namespace nbdferry::proxy {
@@ -64,9 +65,21 @@ class ExportImpl final : public Export {
   void on(mirror::OpenTarget&& a);
   void on(mirror::CloseTarget&& a);
   void on(mirror::WriteRecord&& a);
+  void on(mirror::Ended&& a);
+  void on(mirror::LetGo&& a);
   void on(mirror::CommandDone&& a);
   void on(mirror::Notice&& a);
   void target_event(mirror::Event&& event);
+
+  // --- what outlives the process (export_state.cpp)
+  void restore();
+  void serve_target(std::span<std::byte> state);
+  void resume(const SavedMigration& saved, bool trusted);
+  [[nodiscard]] bool goes_on(const MigrateRequest& request) const;
+  [[nodiscard]] std::optional<StateFile> create_state() const;
+  void save_state();
+  void remember_changes(const mirror::Set& changes);
+  void start(MigrateRequest request, CommandHandler done, bool go_on);
 
   [[nodiscard]] Time now() const;
   void arm_ticks();
@@ -94,6 +107,14 @@ class ExportImpl final : public Export {
   std::vector<std::string> target_uris_;
   MigrateRequest request_;  // of the migration that runs or is to start
   std::string migration_id_;
+
+  std::string state_directory_;  // empty: nothing outlives the process …
+  std::string no_state_because_;  // … and why
+  std::optional<StateFile> state_;
+  std::optional<StateFile> next_state_;  // of a migration that waits for the end of another one
+  SavedMigration saved_;                 // what state_, or next_state_, says
+  bool state_kept_ = false;  // of a migration that has ended: another one may go on from it
+  bool wrote_ = false;       // to the local disk, since the last beat
 
   std::deque<mirror::Event> events_;
   std::deque<mirror::Event> later_;  // answers that nobody waits for: one in a turn of the loop

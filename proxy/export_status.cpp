@@ -94,7 +94,8 @@ void ExportImpl::stop_when_quiet() {
 void ExportImpl::stop_when_flushed() {
   if (stop_was_flushed_) {
     if (engine_->status().serving != mirror::Serving::target) {
-      command(Verb::cancel, [](bool, const std::string&) {});
+      // What is on its way is waited for; the next start goes on from the rest.
+      post(mirror::Suspend{remember([](bool, const std::string&) {})});
     } else if (target_) {
       target_->close();
     }

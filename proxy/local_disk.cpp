@@ -273,6 +273,7 @@ LocalDisk::Pending& LocalDisk::take(mirror::DiskOp&& op) {
   Pending& p = *free_.back();
   free_.pop_back();
   ++in_flight_;
+  if (is_write(op.command)) ++writes_in_flight_;
   p.op = std::move(op);
   return p;
 }
@@ -432,6 +433,7 @@ void LocalDisk::finish(Pending& p, IoError error) {
     done.data = std::move(p.buffer).freeze();
   }
   done.extents = std::exchange(p.extents, {});
+  if (is_write(p.op.command)) --writes_in_flight_;
   // The slot is free before the answer, which may submit the next operation.
   p.op = {};
   p.buffer = Buffer();

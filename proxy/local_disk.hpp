@@ -77,6 +77,7 @@ class LocalDisk {
   [[nodiscard]] bool submit(mirror::DiskOp&& op, mirror::SourceDone& done);
 
   [[nodiscard]] unsigned in_flight() const { return in_flight_; }
+  [[nodiscard]] unsigned writes_in_flight() const { return writes_in_flight_; }
 
  private:
   enum class Step : std::uint8_t;
@@ -111,6 +112,7 @@ class LocalDisk {
   InlineGate gate_;
   Payload zeroes_;  // made when first needed
   unsigned in_flight_ = 0;
+  unsigned writes_in_flight_ = 0;
   std::vector<std::unique_ptr<Pending>> pool_;  // all that were ever needed at once
   std::vector<Pending*> free_;
   Ring ring_;  // last: destroyed first, while what it reads and fills still lives

@@ -84,11 +84,8 @@ std::optional<std::string> encode(const Header& h) {
       {"memory_bytes", h.memory_bytes},
       {"migration", h.migration.id},
       {"request", h.migration.request},
-      {"target",
-       {{"known", h.migration.target_known},
-        {"size", h.migration.target_size},
-        {"block_min", h.migration.target_block_min},
-        {"identity", h.migration.target_identity}}},
+      {"running", h.migration.running},
+      {"generation", h.migration.generation},
   };
   std::string body = boost::json::serialize(json) + '\n';
   if (body.size() > slot_bytes - line_bytes) return std::nullopt;
@@ -116,11 +113,8 @@ std::optional<Header> decode(std::string_view slot) {
   h.memory_bytes = number(json.at("memory_bytes"));
   h.migration.id = json.at("migration").as_string();
   h.migration.request = json.at("request").as_object();
-  const auto& target = json.at("target").as_object();
-  h.migration.target_known = target.at("known").as_bool();
-  h.migration.target_size = number(target.at("size"));
-  h.migration.target_block_min = target.at("block_min").to_number<std::uint32_t>();
-  h.migration.target_identity = target.at("identity").as_string();
+  h.migration.running = json.at("running").as_bool();
+  h.migration.generation = number(json.at("generation"));
   return h;
 }
 

@@ -53,10 +53,8 @@ struct SourceIdentity {
 struct SavedMigration {
   boost::json::object request;  // migrate_to_json()
   std::string id;               // new_migration_id()
-  bool target_known = false;    // the rest is valid
-  std::uint64_t target_size = 0;
-  std::uint32_t target_block_min = 0;
-  std::string target_identity;  // empty: the target has none
+  bool running = true;          // goes on by itself after a restart
+  std::uint64_t generation = 0;  // of the disk's ownership record when it began
   friend bool operator==(const SavedMigration&, const SavedMigration&) = default;
 };
 

@@ -22,7 +22,7 @@ struct Field {
   T Owner::*member;
 };
 
-constexpr std::array<Field<mirror::Status, std::uint64_t>, 12> core_numbers{{
+constexpr std::array<Field<mirror::Status, std::uint64_t>, 13> core_numbers{{
     {"size_bytes", &mirror::Status::size_bytes},
     {"stale_bytes", &mirror::Status::stale_bytes},
     {"buffered_bytes", &mirror::Status::buffered_bytes},
@@ -32,11 +32,13 @@ constexpr std::array<Field<mirror::Status, std::uint64_t>, 12> core_numbers{{
     {"mirrored_bytes", &mirror::Status::mirrored_bytes},
     {"suspects", &mirror::Status::suspect_bytes},
     {"unreadable_bytes", &mirror::Status::unreadable_bytes},
+    {"resumed_bytes", &mirror::Status::resumed_bytes},
     {"verified_bytes", &mirror::Status::verified_bytes},
     {"mismatched_bytes", &mirror::Status::mismatched_bytes},
     {"held_requests", &mirror::Status::held_requests},
 }};
-constexpr std::array<Field<mirror::Status, bool>, 4> core_flags{{
+constexpr std::array<Field<mirror::Status, bool>, 5> core_flags{{
+    {"resumed", &mirror::Status::resumed},
     {"verifying", &mirror::Status::verifying},
     {"in_sync", &mirror::Status::in_sync},
     {"consistent", &mirror::Status::consistent},

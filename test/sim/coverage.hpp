@@ -46,6 +46,12 @@ enum class Case : unsigned {
   merged,
   hot_left_for_last,
   overwritten,
+  crashed,
+  resumed,
+  crashed_with_suspects,
+  crashed_after_pivot,
+  suspended,
+  distrusted,
   count,
 };
 
@@ -87,6 +93,12 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "merged",
     "hot_left_for_last",
     "overwritten",
+    "crashed",
+    "resumed",
+    "crashed_with_suspects",
+    "crashed_after_pivot",
+    "suspended",
+    "distrusted",
 };
 
 // Plain data: lives in memory shared with the worker processes.

@@ -27,7 +27,7 @@ void Driver::step() {
     unsigned weight;
     void (Driver::*what)();
   };
-  std::array<Choice, 16> choices{};
+  std::array<Choice, 18> choices{};
   std::size_t count = 0;
   unsigned total = 0;
   const auto offer = [&](bool possible, unsigned weight, void (Driver::*what)()) {
@@ -49,6 +49,7 @@ void Driver::step() {
   offer(true, w_.target().link() == Link::refused ? 6 : 1, &Driver::jump);
   offer(true, 1, &Driver::stall);
   offer(true, 2, &Driver::meddle);
+  offer(s.crashes && w_.may_crash(), w_.serving() == Serving::target ? 3 : 1, &Driver::crash);
 
   std::uint64_t ticket = prng_.below(total);
   for (std::size_t i = 0; i < count; ++i) {
@@ -136,6 +137,17 @@ void Driver::stall() {
   const Duration about = w_.setup().sync_timeout / 4;
   const Time until = w_.now() + about * static_cast<std::int64_t>(prng_.between(1, 8));
   (prng_.chance(1, 4) ? source_stalled_until_ : target_stalled_until_) = until;
+}
+
+// The process ends, killed or asked to, and is started again.
+void Driver::crash() {
+  if (w_.serving() == Serving::source && !w_.record_pending() && prng_.chance(1, 4)) {
+    w_.cases().saw(Case::suspended);
+    w_.command(Suspend{});
+    for (unsigned i = 0; i < 200 && w_.target().link() != Link::closed; ++i) (void)mend();
+  }
+  if (started_ && w_.serving() == Serving::source && prng_.chance(1, 12)) w_.note_another_target();
+  w_.crash();
 }
 
 void Driver::write_record() {
@@ -236,12 +248,13 @@ void Driver::start() {
       w_.serving() == Serving::source && (phase == Phase::idle || phase == Phase::failed ||
                                           phase == Phase::cancelled || phase == Phase::switched);
   if (accepted) {
-    w_.note_start(options);
     w_.cases().saw_if(started_, Case::migrated_again);
     if (started_ && prng_.chance(1, 4)) w_.note_another_target();
     started_ = true;
+    w_.start(options, prng_.chance(2, 3));
+  } else {
+    w_.command(Start{{}, options, {}, false});
   }
-  w_.command(Start{{}, options});
 }
 
 void Driver::any_command() {
@@ -258,7 +271,7 @@ void Driver::any_command() {
       w_.command(Cancel{});
       break;
     case 3:
-      w_.command(Verify{});
+      w_.command(Verify{{}, prng_.chance(1, 3)});
       break;
     case 4:
       w_.command(Prepare{});
@@ -324,6 +337,7 @@ void Driver::operate() {
       if (dice == 6 && w_.setup().corruption) w_.target().corrupt();
       if (dice == 5 || (dice == 6 && w_.setup().corruption)) w_.command(Verify{});
       if (dice == 7 && prng_.chance(1, 4)) w_.command(Cancel{});
+      if (dice == 7 && w_.swapped()) w_.command(Verify{});
       break;
     case Phase::prepared:
       if (dice < 4) w_.command(Seal{});

@@ -33,6 +33,7 @@ class Driver {
   void lose();
   void jump();
   void stall();
+  void crash();
   void write_record();
   void meddle();
 
@@ -47,6 +48,7 @@ class Driver {
   template <typename Done>
   void settle(const char* what, Done&& done);
   bool issue_and_settle(CommandId id, const char* what);
+  void clear_doubts();
   void read_everything();
 
   World& w_;

@@ -91,8 +91,22 @@ void Driver::find_corruption() {
   // What could not be read so far may be copied over it before the verification comes by.
   const bool all_held = w_.status().stale_bytes == 0;
   const bool ok = issue_and_settle(w_.command(Verify{}), "to verify");
-  const bool complete = w_.last_message().find("compared") != std::string::npos;
+  const bool complete = w_.last_message().find("compared") != std::string::npos &&
+                        w_.last_message().find("can't be read") == std::string::npos &&
+                        w_.last_message().find("begun earlier") == std::string::npos;
   require(!all_held || !complete || !ok, "verify missed a difference: {}", w_.last_message());
+  level();
+}
+
+// What a refused switchover asks for: a verification, and an operator who has seen its result.
+void Driver::clear_doubts() {
+  const std::string why = w_.last_message();
+  if (why.find("acknowledge") != std::string::npos) w_.command(Verify{{}, true});
+  if (why.find("verify first") == std::string::npos &&
+      why.find("not verified") == std::string::npos) {
+    return;
+  }
+  (void)issue_and_settle(w_.command(Verify{}), "to verify");
   level();
 }
 
@@ -106,13 +120,14 @@ void Driver::finish_source() {
   if (w_.serving() == Serving::source && w_.setup().corruption) find_corruption();
   // By --switch it may already be under way; else it is ours to do.
   bool prepared = false;
-  for (int tries = 0; tries < 5 && !prepared && w_.serving() == Serving::source; ++tries) {
+  for (int tries = 0; tries < 12 && !prepared && w_.serving() == Serving::source; ++tries) {
     settle("to be in sync again", [&] {
       return w_.serving() != Serving::source || w_.status().phase == Phase::in_sync ||
              w_.status().phase == Phase::prepared;
     });
     if (w_.serving() != Serving::source) return;
     prepared = issue_and_settle(w_.command(Prepare{}), "to prepare");
+    if (!prepared) clear_doubts();
   }
   if (w_.serving() != Serving::source) return;
   require(prepared, "cannot prepare in peace: {}", w_.last_message());

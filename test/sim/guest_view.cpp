@@ -14,6 +14,7 @@ void GuestView::arrived(const mirror::GuestRequest& request, std::uint64_t event
   r.command = request.command;
   r.range = request.range;
   r.fua = request.fua;
+  r.no_hole = request.no_hole;
   r.fast_zero = request.fast_zero;
   r.payload = request.payload;
   r.event = event;
@@ -126,7 +127,7 @@ void GuestView::replied(const mirror::Reply& reply, const Authority& authority,
   } else {
     judge_error(r, reply.error, authority);
     const bool nothing = reply.error == IoError::not_supported || reply.error == IoError::shutdown;
-    if (is_write(r.command) && nothing) oracle_.refused(r.write);
+    if (is_write(r.command) && nothing && !r.again) oracle_.refused(r.write);
   }
 }
 
@@ -153,6 +154,24 @@ void GuestView::check_delays(Time now) const {
             static_cast<std::uint64_t>(r.id),
             std::chrono::duration_cast<std::chrono::microseconds>(now - r.done_at).count());
   }
+}
+
+std::vector<mirror::GuestRequest> GuestView::ask_again() {
+  std::vector<mirror::GuestRequest> out;
+  for (auto& r : open_) {
+    r.submitted = r.done = r.async = false;
+    r.again = true;
+    r.source_error = IoError::none;
+    mirror::GuestRequest& q = out.emplace_back();
+    q.id = r.id;
+    q.command = r.command;
+    q.range = r.range;
+    q.payload = r.payload;
+    q.fua = r.fua;
+    q.no_hole = r.no_hole;
+    q.fast_zero = r.fast_zero;
+  }
+  return out;
 }
 
 std::size_t GuestView::waiting_for_target() const {

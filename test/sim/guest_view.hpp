@@ -22,10 +22,12 @@ class GuestView {
     Command command = Command::read;
     ByteRange range;
     bool fua = false;
+    bool no_hole = false;
     bool fast_zero = false;
     Payload payload;
     std::uint64_t event = 0;  // of its arrival
     std::uint32_t write = 0;  // the oracle's number
+    bool again = false;       // asked once more: an earlier attempt may have done it
     bool submitted = false;   // writes: to the source
     bool done = false;        // writes: the source has answered
     OpId source_op{};
@@ -62,6 +64,9 @@ class GuestView {
   [[nodiscard]] std::size_t waiting_for_target() const;
   [[nodiscard]] std::uint64_t open_write_bytes(std::uint64_t align) const;
   [[nodiscard]] Oracle& oracle() { return oracle_; }
+
+  // The server was killed: what is open is asked once more, in order, as QEMU does.
+  [[nodiscard]] std::vector<mirror::GuestRequest> ask_again();
 
   // Of the present migration: what pacing may take.
   void set_max_delay(Duration d) { max_delay_ = d; }

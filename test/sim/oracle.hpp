@@ -24,7 +24,9 @@ class Oracle {
   std::uint32_t arrived(Command command, ByteRange range, Payload payload);
   void acknowledged(std::uint32_t write, std::uint64_t event, bool fua);
   // It was submitted to the guest's disk: from now on it may be there.
-  void submitted(std::uint32_t write, std::uint64_t event) { writes_[write].submitted = event; }
+  void submitted(std::uint32_t write, std::uint64_t event) {
+    writes_[write].submitted = std::min(writes_[write].submitted, event);
+  }
   // A flush was answered well: what was acknowledged before it was asked for stays.
   void flushed(std::uint64_t asked, std::uint64_t answered);
   // It failed and has changed nothing.

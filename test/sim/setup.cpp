@@ -89,6 +89,8 @@ Setup make_setup(Prng& prng) {
   s.status_lags = prng.chance(1, 4);
   s.losses = prng.chance(1, 2);
   s.restarts = prng.chance(2, 3);
+  s.crashes = prng.chance(1, 2);
+  s.fences = prng.chance(1, 4);
   s.corruption = prng.chance(1, 10);
   s.check_invariants = prng.chance(1, 8);
   s.tick_always = prng.chance(1, 2);
@@ -110,6 +112,7 @@ mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
   if (prng.chance(1, 6) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
   if (prng.chance(1, 3)) o.consistency = mirror::Consistency::crash;
+  o.verify = prng.chance(1, 12);
   o.skip_unreadable = s.stays_unreadable || prng.chance(1, 4);
   o.buffer_bytes = prng.pick({1 * kib, 4 * kib, 16 * kib, 64 * kib, 1024 * kib});
   o.max_delay = std::chrono::milliseconds(prng.pick({1, 10, 50}));

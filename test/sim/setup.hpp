@@ -34,7 +34,9 @@ struct Setup {
   bool status_lags = false;       // block status does not see what was not flushed
   bool losses = false;
   bool restarts = false;
-  bool corruption = false;        // silent, on the target; such histories never pivot
+  bool crashes = false;     // of our process
+  bool fences = false;      // the target confirms that older connections are dead, and who it is
+  bool corruption = false;  // silent, on the target; such histories never pivot
   bool check_invariants = false;  // after each event
   bool tick_always = false;       // ticks even when the core does not want them
 

@@ -92,6 +92,13 @@ mirror::SourceDone SourceModel::complete() {
   return done;
 }
 
+void SourceModel::crash() {
+  for (auto& f : flights_) {
+    if (prng_.chance(2, 3)) f.progress(image, prng_);
+  }
+  flights_.clear();
+}
+
 bool SourceModel::set_read_failed(ByteRange range, bool failed) {
   const std::uint64_t block = std::max<std::uint64_t>(block_size_min, setup_.target.block_min);
   const ByteRange r = range.widened(block).intersect({0, image.size()});

@@ -26,6 +26,10 @@ class SourceModel {
   // What complete() ended last.
   [[nodiscard]] const mirror::DiskOp& last() const { return last_; }
 
+  // Whoever asked is gone: what is under way is done in part, and never later (the disk's lock outlives
+  // the operations of a killed process).
+  void crash();
+
   // Some sector becomes unreadable until it is written.
   void break_sector();
   [[nodiscard]] bool any_unreadable() const { return unreadable_count_ != 0; }

@@ -33,6 +33,7 @@ void TargetModel::renew() {
 }
 
 void TargetModel::restart() {
+  if (sheltered_) return;
   cases_.saw(Case::server_restart);
   cases_.saw_if(image.crash(prng_), Case::zeroes_undone);
 }
@@ -45,7 +46,8 @@ void TargetModel::open(bool another) {
   link_ = Link::opening;
   if (another && used_) {
     renew();
-  } else if (used_ && setup_.restarts && prng_.chance(1, 4)) {
+    replaced_ = true;
+  } else if (used_ && !sheltered_ && setup_.restarts && prng_.chance(1, 2)) {
     (void)image.crash(prng_);
   }
   used_ = true;
@@ -112,6 +114,7 @@ void TargetModel::submit(mirror::DiskOp&& op) {
   if (!healthy_ && setup_.flush_errors && op.command == Command::flush && prng_.chance(1, 3)) {
     error = IoError::io;
   }
+  if (sheltered_ && op.command == Command::flush) error = IoError::none;
   bytes_in_flight_ += window_cost(op);
   if (is_write(op.command)) {
     for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u)
@@ -135,7 +138,17 @@ mirror::TargetUp TargetModel::come_up() {
   living_ =
       healthy_ ? setup_.connections : static_cast<unsigned>(prng_.between(1, setup_.connections));
   const auto w = window();
-  return {setup_.target, w.window_ops, w.window_bytes};
+  mirror::TargetInfo info = setup_.target;
+  if (setup_.fences) {
+    // What older connections hold is written before anything newer, or never.
+    for (auto& z : zombies_) {
+      if (prng_.chance(1, 2)) appear(z);
+    }
+    zombies_.clear();
+    info.fenced = true;
+    info.proven = !replaced_;
+  }
+  return {info, w.window_ops, w.window_bytes};
 }
 
 mirror::TargetRefused TargetModel::refuse() {
@@ -193,6 +206,7 @@ mirror::TargetDone TargetModel::answer(Time now) {
   mirror::TargetDone done{f.op().id, f.error(), {}, {}};
   if (f.error() != IoError::none) return done;
   if (f.writes()) written(f);
+  if (f.op().command == Command::flush) sheltered_ = false;
   if (f.op().command == Command::read) done.data = f.take_data();
   if (f.op().command == Command::block_status) {
     if (setup_.target.has_allocation) {
@@ -243,6 +257,17 @@ mirror::TargetWindow TargetModel::regain_connection() {
   return window();
 }
 
+void TargetModel::lose_client(Time now, bool sheltered) {
+  sheltered_ = sheltered_ || sheltered;
+  for (auto& f : flights_) make_zombie(std::move(f), now);
+  flights_.clear();
+  bytes_in_flight_ = 0;
+  living_ = 0;
+  if (link_ == Link::up) down_since_ = now;
+  link_ = Link::closed;
+  ++losses_;
+}
+
 void TargetModel::progress() {
   if (!flights_.empty()) flights_[prng_.below(flights_.size())].progress(image, prng_);
 }
@@ -287,11 +312,15 @@ void TargetModel::pass_time(Time now) {
     Zombie z = std::move(zombies_[i]);
     zombies_[i] = std::move(zombies_.back());
     zombies_.pop_back();
-    const ByteRange r = z.flight.op().range;
-    if (!z.flight.haunt(image, prng_)) continue;
-    if (link_ == Link::up) cases_.saw(Case::zombie_after_reconnect);
-    for (std::uint64_t u = r.begin / unit_size; u * unit_size < r.end; ++u) haunted_at_[u] = event_;
+    appear(z);
   }
+}
+
+void TargetModel::appear(Zombie& z) {
+  const ByteRange r = z.flight.op().range;
+  if (!z.flight.haunt(image, prng_)) return;
+  if (link_ == Link::up) cases_.saw(Case::zombie_after_reconnect);
+  for (std::uint64_t u = r.begin / unit_size; u * unit_size < r.end; ++u) haunted_at_[u] = event_;
 }
 
 }  // namespace nbdferry::sim

@@ -32,10 +32,12 @@ class TargetModel {
   [[nodiscard]] bool busy() const { return !flights_.empty(); }
   // Memory that writes in flight stand for, counted as the core's buffer counts it.
   [[nodiscard]] std::uint64_t buffer_in_flight() const;
+  [[nodiscard]] std::uint64_t losses() const { return losses_; }
   [[nodiscard]] Time down_since() const { return down_since_; }
   [[nodiscard]] mirror::TargetWindow window() const;
 
   // The core's actions.
+  // `another`: it is not the one that it was.
   void open(bool another);
   void close(Time now);
   void submit(mirror::DiskOp&& op);
@@ -55,6 +57,9 @@ class TargetModel {
   // All of them at once: the window is zero from now on, then what is in flight is answered as
   // lost.
   [[nodiscard]] mirror::TargetWindow lose_all(Time now);
+  // The client's process is killed: its connections are gone, with what is in flight. `sheltered`: what
+  // is not flushed is lost with nobody who could bring it back, so that it does not restart before it is.
+  void lose_client(Time now, bool sheltered);
   void progress();
   void write_back();
   void corrupt();
@@ -71,6 +76,8 @@ class TargetModel {
   // A complete verification began at `event`: what was corrupt before it counts as found.
   void verified(std::uint64_t event);
   void set_event(std::uint64_t event) { event_ = event; }
+  // A state of the target begins: it is this one that is known.
+  void met() { replaced_ = false; }
   // A zombie wrote there, and nobody has since, or not yet durably: the core cannot know of it.
   [[nodiscard]] bool haunted(std::uint64_t unit) const {
     return haunted_at_[unit] != 0 || (was_haunted_[unit] && image.dirty(unit));
@@ -86,6 +93,7 @@ class TargetModel {
   };
 
   void renew();
+  void appear(Zombie& zombie);
   void restart();
   void check(const mirror::DiskOp& op) const;
   void written(const Flight& flight);
@@ -99,7 +107,9 @@ class TargetModel {
   Cases& cases_;
   Link link_ = Link::closed;
   bool healthy_ = false;
-  bool used_ = false;  // opened before: it may hold another migration's data
+  bool sheltered_ = false;
+  bool replaced_ = false;  // since the state began
+  bool used_ = false;      // opened before: it may hold another migration's data
   unsigned living_ = 0;
   std::uint64_t losses_ = 0;
   std::uint64_t event_ = 0;

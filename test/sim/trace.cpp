@@ -49,7 +49,8 @@ struct EventText {
     return fmt::format("operator {}: start, {} buffer {} switch {}{}", number(e.command),
                        to_string(e.options.mode), e.options.buffer_bytes,
                        static_cast<int>(e.options.switch_when),
-                       e.options.skip_unreadable ? " skip_unreadable" : "");
+                       e.options.skip_unreadable ? " skip_unreadable" : "") +
+           (e.resumed ? " resumed" : "") + (e.options.verify ? " verify" : "");
   }
   S operator()(const mirror::Pause& e) const { return command(e.command, "pause"); }
   S operator()(const mirror::Resume& e) const { return command(e.command, "resume"); }
@@ -64,6 +65,9 @@ struct EventText {
     return fmt::format("operator {}: switch {}", number(e.command), name(e.kind));
   }
   S operator()(const mirror::Abort& e) const { return command(e.command, "abort"); }
+  S operator()(const mirror::KeepState&) const { return "keep state"; }
+  S operator()(const mirror::ServeTarget&) const { return "serve target"; }
+  S operator()(const mirror::Suspend& e) const { return command(e.command, "suspend"); }
   S operator()(const mirror::Unfence& e) const { return command(e.command, "unfence"); }
   S operator()(const mirror::Set& e) const {
     return fmt::format("operator {}: set{}{}", number(e.command),
@@ -87,6 +91,8 @@ struct ActionText {
   S operator()(const mirror::WriteRecord& a) const {
     return fmt::format("  write record: {}", name(a.kind));
   }
+  S operator()(const mirror::Ended&) const { return "  ended"; }
+  S operator()(const mirror::LetGo& a) const { return fmt::format("  let go, keep {}", a.keep); }
   S operator()(const mirror::CommandDone& a) const {
     return fmt::format("  command {} {}: {}", number(a.command), a.ok ? "ok" : "failed", a.message);
   }

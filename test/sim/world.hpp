@@ -50,6 +50,9 @@ class World {
   void answer_target();
   void come_up() { apply(target_.come_up()); }
   void write_record(bool ok);
+  [[nodiscard]] bool may_crash() const;
+  // The process is killed, and started again: with what the record says, and the state.
+  void crash();
   void lose_target() { apply(target_.lose_all(now_)); }
   void heal();
 
@@ -82,9 +85,11 @@ class World {
   void check_quiet();
   void count_cases();
 
-  // Starts a migration with these options, from the driver.
-  void note_start(const mirror::MigrateOptions& options);
+  // Starts a migration with these options, from the driver; one that goes on from the state, if it can.
+  CommandId start(const mirror::MigrateOptions& options, bool resumed);
+  [[nodiscard]] bool may_resume() const { return kept_; }
   void note_another_target() { another_target_ = true; }
+  [[nodiscard]] bool swapped() const { return swapped_; }
 
  private:
   void act(mirror::SubmitSource& a);
@@ -94,8 +99,11 @@ class World {
   void act(mirror::CloseTarget&) { target_.close(now_); }
   void act(mirror::WriteRecord& a);
   void act(mirror::CommandDone& a);
+  void act(mirror::Ended&) { running_ = false; }
+  void act(mirror::LetGo& a);
   void act(mirror::Notice&) {}
 
+  void switched_over(mirror::SwitchKind kind);
   void set(mirror::Set&& event);
   void limit_bandwidth(std::uint64_t rate);
   void check_status();
@@ -110,7 +118,7 @@ class World {
   SourceModel source_;
   TargetModel target_;
   GuestView guest_;
-  mirror::Engine engine_;
+  std::unique_ptr<mirror::Engine> engine_;
   mirror::Actions actions_;
   mirror::Status status_;
 
@@ -119,8 +127,15 @@ class World {
   std::uint64_t event_ = 0;
   mirror::Serving serving_ = mirror::Serving::source;
   std::optional<mirror::SwitchKind> record_;
-  bool target_failed_ = false;    // since the pivot
-  bool skip_unreadable_ = false;  // in the last migration
+  std::vector<std::uint64_t> state_;       // what outlives the process; none, if empty
+  std::vector<std::uint64_t> next_state_;  // of a migration that waits for the end of another one
+  mirror::MigrateOptions options_;         // of the last migration
+  bool running_ = false;                   // the state says that it is to go on by itself
+  bool kept_ = false;                // of a migration that has ended: another one may go on from it
+  bool swapped_ = false;             // a migration was resumed to another target than it had
+  bool target_failed_ = false;       // since the pivot
+  std::uint64_t losses_before_ = 0;  // of connections, at the pivot
+  bool skip_unreadable_ = false;     // in the last migration
   bool another_target_ = false;
   std::uint64_t buffer_bytes_ = 0;
   Duration max_delay_{0};

@@ -41,10 +41,8 @@ SavedMigration migration(const std::string& id) {
   SavedMigration m;
   m.request = {{"uris", {"nbd+unix:///x?socket=/a \"b\"\\c"}}, {"mode", "auto"}};
   m.id = id;
-  m.target_known = true;
-  m.target_size = 1ULL << 63;
-  m.target_block_min = 4096;
-  m.target_identity = "t-1";
+  m.running = false;
+  m.generation = 1ULL << 63;
   return m;
 }
 
@@ -272,8 +270,8 @@ TEST_CASE("state file: killed at any moment, the file is whole and trusted") {
         std::memcpy(&n, found.file->memory().data() + saved_at, sizeof n);
         auto m = migration("m-1");
         for (;;) {
-          m.target_size = ++n;
-          m.target_identity = std::string(n % 3000, 'i');
+          m.generation = ++n;
+          m.id = std::string(n % 3000, 'i');
           found.file->save(m);
           store(*found.file, saved_at, n);
           found.file->beat(true);
@@ -292,10 +290,10 @@ TEST_CASE("state file: killed at any moment, the file is whole and trusted") {
     std::memcpy(&saved, found.file->memory().data() + saved_at, sizeof saved);
     std::memcpy(&stored, found.file->memory().data() + stored_at, sizeof stored);
     std::memcpy(&written, file_contents(place.disk).data(), sizeof written);
-    const auto seen = found.migration->target_size;
+    const auto seen = found.migration->generation;
     if (saved != 0) {
       CHECK((seen == saved || seen == saved + 1));
-      CHECK(found.migration->target_identity.size() == seen % 3000);
+      CHECK(found.migration->id.size() == seen % 3000);
       CHECK(stored <= saved);  // each before the next; a life may have skipped one
       CHECK(written <= stored);
     }

@@ -1,0 +1,62 @@
+// ResumeMap: what a restart of the process may still believe of the target (DESIGN.md, "Restart and
+// resume"). Two bits for each chunk, in memory of the edge's that outlives the process, and the chunks
+// that were flushed last, for a sample.
+//
+//   clean  the target holds it, on its medium. Off, so that a fresh page means "copy it", before the
+//          first operation on the chunk, local or on the target; on only when nothing of it is stale,
+//          armed, queued, in flight or unflushed.
+//   sent   a write of it may be unanswered, and land later (rule 8).
+//
+// Every store is one word, and takes effect in program order: whoever is killed leaves a state that was
+// true. Without memory nothing is kept, and nothing is ever clean.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "mirror/ranges.hpp"
+#include "mirror/types.hpp"
+
+namespace nbdferry::mirror {
+
+class ResumeMap {
+ public:
+  // What it needs for a disk of `size` bytes; all zero at first.
+  [[nodiscard]] static std::uint64_t bytes_for(std::uint64_t size);
+
+  ResumeMap() = default;
+  // `memory`: bytes_for(size) bytes, aligned to 8, living until this is replaced.
+  ResumeMap(std::span<std::byte> memory, std::uint64_t size);
+
+  [[nodiscard]] bool kept() const { return !words_.empty(); }
+  [[nodiscard]] bool is_in(std::span<const std::byte> memory) const {
+    return kept() && std::as_bytes(words_).data() == memory.data();
+  }
+
+  // Chunks are those that `range` touches, or, of trust() and settle(), consists of.
+  void touch(ByteRange range);    // something is about to happen to it
+  void send(ByteRange range);     // a write of it is about to be sent to the target
+  void settle(ByteRange chunks);  // no write of these is unanswered
+  void trust(ByteRange chunks);   // the target holds these
+
+  [[nodiscard]] bool is_clean(ByteRange range) const;
+  // Runs of chunks, in order; the last ends with the disk.
+  [[nodiscard]] Ranges clean() const { return runs(clean_at()); }
+  [[nodiscard]] Ranges sent() const { return runs(sent_at()); }
+  // Chunks that became clean lately, and are.
+  [[nodiscard]] Ranges recent() const;
+
+ private:
+  static constexpr std::size_t recent_max = 63;
+  [[nodiscard]] static std::uint64_t words_for(std::uint64_t size);
+  [[nodiscard]] std::size_t clean_at() const { return recent_max + 1; }
+  [[nodiscard]] std::size_t sent_at() const { return clean_at() + words_for(size_); }
+  void set(std::size_t at, ByteRange range, bool on);
+  [[nodiscard]] Ranges runs(std::size_t at) const;
+
+  std::span<std::uint64_t> words_;  // how many were recent; those; clean; sent
+  std::uint64_t size_ = 0;
+};
+
+}  // namespace nbdferry::mirror

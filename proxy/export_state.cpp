@@ -1,0 +1,176 @@
+// Export: what outlives the process. At its start: go on with what an earlier one was doing; while a
+// migration runs: keep the state file as the core's answers say.
+#include <stdexcept>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "mirror/resume_map.hpp"
+#include "proxy/control_api.hpp"
+#include "proxy/export_impl.hpp"
+#include "proxy/log.hpp"
+#include "proxy/migration_id.hpp"
+
+namespace nbdferry::proxy {
+
+// --- at the start of the process ---
+
+void ExportImpl::restore() {
+  if (options_.read_only) {
+    no_state_because_ = "the disk is served read-only";
+    return;
+  }
+  state_directory_ = options_.state_directory;
+  if (state_directory_.empty()) {
+    auto found = default_state_directory();
+    state_directory_ = std::move(found.path);
+    no_state_because_ = std::move(found.why_not);
+  }
+  FoundState found;
+  if (!state_directory_.empty()) {
+    found = StateFile::find(state_directory_, options_.disk, info_.size,
+                            mirror::ResumeMap::bytes_for(info_.size));
+  }
+  if (!found.why_not.empty()) log_line(found.why_not);
+  if (ownership_.role == Role::pivoted) {
+    state_ = std::move(found.file);
+    if (found.migration) saved_ = std::move(*found.migration);
+    serve_target(state_ ? state_->memory() : std::span<std::byte>());
+    return;
+  }
+  const bool ours =
+      ownership_.role == Role::owner && (!found.migration || found.migration->generation == ownership_.generation);
+  if (!ours) {
+    // Whose copy of the disk counts has been settled since.
+    if (found.file) found.file->remove();
+    return;
+  }
+  if (!found.migration) return;
+  state_ = std::move(found.file);
+  resume(*found.migration, state_.has_value());
+}
+
+void ExportImpl::resume(const SavedMigration& saved, bool trusted) {
+  MigrateRequest request;
+  try {
+    request = migrate_from_json(saved.request);
+  } catch (const std::exception& e) {
+    log_line(fmt::format("{}: the migration that was running can't be continued: {}: start it again",
+                         options_.disk, e.what()));
+    if (state_) state_->remove();
+    state_.reset();
+    return;
+  }
+  saved_ = saved;
+  migration_id_ = saved.id;
+  if (!saved.running) {
+    if (!trusted) return;
+    state_kept_ = true;
+    request_ = std::move(request);
+    post(mirror::KeepState{state_->memory(), request_.options.quarantine});
+    return;
+  }
+  log_line(fmt::format("{}: {} the migration to {}", options_.disk,
+                       trusted ? "resuming" : "starting over with", fmt::join(request.uris, " ")));
+  if (!trusted) migration_id_ = new_migration_id(options_.disk);
+  const auto report = [disk = options_.disk](bool ok, const std::string& message) {
+    if (!ok) log_line(fmt::format("{}: the migration could not go on: {}", disk, message));
+  };
+  start(std::move(request), report, trusted);
+}
+
+// The target serves, as it did before the restart.
+void ExportImpl::serve_target(std::span<std::byte> state) {
+  try {
+    if (!saved_.request.empty()) request_ = migrate_from_json(saved_.request);
+  } catch (const std::exception&) {
+    request_ = {};  // the options' defaults will do
+  }
+  request_.uris = ownership_.uris;
+  migration_id_ = ownership_.migration_id;
+  log_line(fmt::format("{}: pivoted: serving from {}", options_.disk,
+                       fmt::join(ownership_.uris, " ")));
+  post(mirror::ServeTarget{request_.options, state});
+}
+
+// --- while migrations run ---
+
+// Does it go on from what an earlier migration has left?
+bool ExportImpl::goes_on(const MigrateRequest& request) const {
+  return state_ && state_kept_ && request.uris == request_.uris;
+}
+
+std::optional<StateFile> ExportImpl::create_state() const {
+  std::string why = no_state_because_;
+  if (!state_directory_.empty()) {
+    try {
+      return StateFile::create(state_directory_, options_.disk, info_.size,
+                               mirror::ResumeMap::bytes_for(info_.size), saved_);
+    } catch (const std::exception& e) {
+      why = e.what();
+    }
+  }
+  log_line(fmt::format("{}: if this process ends, its migration has to begin anew: {}",
+                       options_.disk, why));
+  return std::nullopt;
+}
+
+void ExportImpl::start(MigrateRequest request, CommandHandler done, bool go_on) {
+  request_ = std::move(request);
+  saved_.request = migrate_to_json(request_);
+  saved_.id = migration_id_;
+  saved_.running = true;
+  saved_.generation = ownership_.generation;
+  if (go_on) {
+    save_state();
+  } else {
+    next_state_ = create_state();
+    // Nobody is to find what is no longer kept.
+    if (!next_state_ && state_) state_->remove();
+  }
+  std::optional<StateFile>& state = go_on ? state_ : next_state_;
+  state_kept_ = false;
+  post(mirror::Start{remember(std::move(done)), request_.options,
+                     state ? state->memory() : std::span<std::byte>(), go_on});
+  const bool waits = engine_->status().phase == mirror::Phase::queued;
+  if (!go_on && !waits) state_ = std::exchange(next_state_, std::nullopt);
+}
+
+void ExportImpl::save_state() {
+  try {
+    if (state_) state_->save(saved_);
+  } catch (const std::exception& e) {
+    log_line(e.what());
+  }
+}
+
+// A restart goes on with them; but for a deadline, which counts from the moment that it was set.
+void ExportImpl::remember_changes(const mirror::Set& changes) {
+  mirror::MigrateOptions& options = request_.options;
+  options.mode = changes.mode.value_or(options.mode);
+  options.bandwidth = changes.bandwidth.value_or(options.bandwidth);
+  options.buffer_bytes = changes.buffer_bytes.value_or(options.buffer_bytes);
+  options.max_delay = changes.max_delay.value_or(options.max_delay);
+  options.downtime_limit = changes.downtime_limit.value_or(options.downtime_limit);
+  saved_.request = migrate_to_json(request_);
+  save_state();
+}
+
+// It does not go on by itself after a restart.
+void ExportImpl::on(mirror::Ended&&) {
+  saved_.running = false;
+  save_state();
+}
+
+void ExportImpl::on(mirror::LetGo&& a) {
+  if (next_state_) {
+    state_ = std::exchange(next_state_, std::nullopt);
+    return;
+  }
+  state_kept_ = a.keep && state_.has_value();
+  if (state_kept_) return;
+  if (state_) state_->remove();
+  state_.reset();
+}
+
+}  // namespace nbdferry::proxy
