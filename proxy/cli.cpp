@@ -195,6 +195,10 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
            "A lost connection's unanswered writes may still be applied for "
            "this long (default: 60s)",
            options.quarantine);
+  add_time(app, "--answer-timeout",
+           "A connection on which the target answers nothing for this long is given up and made "
+           "anew (default: 60s)",
+           migrate.request.answer_timeout);
   add_time(app, "--reconnect-delay",
            "After a pivot: how long I/O waits for a lost target "
            "(default: 30s)",

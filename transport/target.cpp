@@ -180,7 +180,9 @@ void State::add_slot() {
 
 void State::dial(Slot& slot) {
   slot.connection = std::make_shared<Connection>(
-      executor_, ConnectionOptions{endpoint_, config_.migration_id, config_.connect_timeout},
+      executor_,
+      ConnectionOptions{endpoint_, config_.migration_id, config_.connect_timeout,
+                        config_.answer_timeout},
       *this);
   slot.connection->open();
 }

@@ -53,6 +53,33 @@ TEST_CASE("a peer that hangs in the handshake is refused in time, and reset") {
   CHECK(peer->ending() == "reset");
 }
 
+TEST_CASE("a peer that hangs with requests in flight is given up, and a slow one is not") {
+  Listener listener;
+  auto config = config_for(listener);
+  config.answer_timeout = 400ms;
+  Driver d(config);
+  d.target->open();
+  auto peer = d.accept(listener);
+  peer->send_hello(mib, flags_plain);
+  REQUIRE(d.until([&] { return d.count("up") == 1; }));
+  d.run_for(800ms);  // nobody asked anything
+  CHECK(d.count("lost") == 0);
+
+  for (int i = 0; i < 6; ++i) (void)d.write(4096, 4096, 'a');
+  for (int i = 0; i < 5; ++i) {  // in all longer than the timeout
+    d.run_for(200ms);
+    const auto r = d.request(*peer);
+    REQUIRE(r);
+    peer->send_reply(*r);
+  }
+  CHECK(d.count("lost") == 0);
+
+  CHECK(d.until([&] { return d.count("lost") == 1; }, 2s));
+  CHECK(d.reason.find("nothing moving for 0.4 s") != std::string::npos);
+  CHECK(d.unanswered() == 0);
+  CHECK(peer->ending() == "reset");
+}
+
 TEST_CASE("closing with nothing in flight says DISC and isn't a reset") {
   Listener listener;
   Driver d(config_for(listener));
