@@ -119,9 +119,10 @@ std::string verdict_of(const ExportStatus& status) {
       return core.serving == mirror::Serving::source ? "switched, and unfenced since"
                                                      : away(status);
     case Phase::interrupted:
-      return "interrupted: the target is gone, the guest goes on, trying again";
+      return fmt::format("interrupted: {}; the guest goes on, trying again", core.last_error);
     case Phase::failed:
-      return "failed: " + core.last_error;
+      return fmt::format("failed: {}; the guest goes on here: migrate again once that is put right",
+                         core.last_error);
     case Phase::cancelled:
       return cancelled(core);
   }

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <string_view>
 
 #include <fcntl.h>
 #include <linux/sockios.h>
@@ -27,6 +28,9 @@ namespace {
 // Replies handled before the loop gets its turn. libnbd handles one a call, and the socket must be
 // known to be readable before each.
 constexpr int replies_per_turn_max = 64;
+
+// What to do about it.
+constexpr const char* check_server = "check the server there, and the export's name";
 
 constexpr int checks_per_answer_timeout = 4;
 
@@ -64,8 +68,9 @@ void Connection::on_timeout() {
   if (stage_ == Stage::ready || stage_ == Stage::ended) return;
   const auto seconds = std::chrono::duration<double>(options_.connect_timeout).count();
   fail(stage_ == Stage::dialling
-           ? fmt::format("cannot connect: no answer within {:g} s", seconds)
-           : fmt::format("connected, but the NBD handshake did not end within {:g} s", seconds));
+           ? fmt::format("cannot connect: no answer within {:g} s: {}", seconds, check_address)
+           : fmt::format("connected, but the NBD handshake did not end within {:g} s: {}", seconds,
+                         check_server));
 }
 
 // --- a server that hangs
@@ -174,9 +179,11 @@ void Connection::learn_offer() {
 std::string Connection::why_dead() const {
   const bool closed = nbd_aio_is_closed(handle_) == 1;
   const auto why = closed ? "the server closed the connection" : last_libnbd_error();
+  if (stage_ != Stage::handshaking) return why;
   // libnbd begins most errors of the handshake with that word, yet not those of the socket.
-  const bool silent = stage_ == Stage::handshaking && !why.starts_with("handshake: ");
-  return silent ? fmt::format("the NBD handshake failed: {}", why) : why;
+  constexpr std::string_view prefix = "handshake: ";
+  const auto text = std::string_view(why).substr(why.starts_with(prefix) ? prefix.size() : 0);
+  return fmt::format("the NBD handshake failed: {}: {}", text, check_server);
 }
 
 // --- waiting
