@@ -94,6 +94,7 @@ void Connection::check_answers() {
     watch_answers();
     return;
   }
+  hung_ = true;
   fail(fmt::format("the server hangs: requests unanswered, and nothing moving for {:g} s",
                    std::chrono::duration<double>(options_.answer_timeout).count()));
 }

@@ -91,6 +91,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void take_answers(std::vector<Answer>& out);
 
   [[nodiscard]] bool is_ready() const { return stage_ == Stage::ready && !dead_; }
+  // Did it end because the server hung?
+  [[nodiscard]] bool hung() const { return hung_; }
   [[nodiscard]] const Offer& offer() const { return offer_; }  // once ready
   [[nodiscard]] std::uint32_t ops() const { return ops_; }     // in flight
   [[nodiscard]] std::uint64_t cost() const { return cost_; }   // of what is in flight, about bytes
@@ -130,7 +132,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::shared_ptr<Dial> dial_;
   nbd_handle* handle_ = nullptr;
   Stage stage_ = Stage::dialling;
-  bool dead_ = false;     // libnbd's handle is finished; we have not said so yet
+  bool dead_ = false;  // libnbd's handle is finished; we have not said so yet
+  bool hung_ = false;
   bool reading_ = false;  // a wait is pending
   bool writing_ = false;
   bool progress_posted_ = false;

@@ -86,6 +86,7 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   void on_ended(Connection& connection, const std::string& reason) override;
 
  private:
+  using Clock = std::chrono::steady_clock;
   enum class Phase : std::uint8_t { idle, seeking, up, refused, closed };
 
   void add_slot();
@@ -103,6 +104,7 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   void take_answers(Slot& slot);
   void vouch(std::uint64_t sequence);
   [[nodiscard]] unsigned living() const;
+  [[nodiscard]] bool nobody_answers() const;
   [[nodiscard]] std::uint32_t window_ops() const { return living() * connection_ops_max; }
   [[nodiscard]] std::uint64_t window_bytes() const { return living() * connection_bytes_max; }
   void emit_soon();
@@ -118,7 +120,8 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   Offer offer_;          // of the first connection since TargetUp
   std::vector<std::shared_ptr<Slot>> slots_;
   std::uint64_t submissions_ = 0;
-  bool doubts_ = false;  // some ready connection isn't certain
+  bool doubts_ = false;              // some ready connection isn't certain
+  Clock::time_point answered_at_{};  // the last answer, on any connection
 
   std::vector<mirror::Event> outbox_;
   std::optional<mirror::Event> last_word_;  // TargetLost or TargetClosed: once all is answered
@@ -208,6 +211,10 @@ const std::shared_ptr<Slot>& State::slot_of(const Connection& connection) const 
   return *found;
 }
 
+// Then a server hangs as a whole. One connection after the other would make the core, and after a pivot
+// the guest, wait as many times.
+bool State::nobody_answers() const { return Clock::now() - answered_at_ >= config_.answer_timeout; }
+
 unsigned State::living() const {
   return static_cast<unsigned>(
       std::count_if(slots_.begin(), slots_.end(), [](const auto& slot) { return slot->ready; }));
@@ -242,6 +249,7 @@ void State::came_up(Slot& slot) {
   phase_ = Phase::up;
   was_up_ = true;
   doubts_ = false;
+  answered_at_ = Clock::now();
   offer_ = slot.connection->offer();
   slot.ready = slot.certain = true;
   outbox_.emplace_back(mirror::TargetUp{offer_.info, window_ops(), window_bytes()});
@@ -276,7 +284,7 @@ void State::on_ended(Connection& connection, const std::string& reason) {
       std::any_of(slots_.begin(), slots_.end(), [](const auto& s) { return s->certain; });
   if (phase_ == Phase::seeking && !was_up_) {
     refuse(reason);
-  } else if (phase_ == Phase::up && !certain_left) {
+  } else if (phase_ == Phase::up && (!certain_left || (connection.hung() && nobody_answers()))) {
     lost(reason, slot->delay);
   }
   if (was_ready) {
@@ -407,6 +415,7 @@ void State::take_answers(Slot& slot) {
     outbox_.emplace_back(std::move(answer.done));
   }
   if (answered == 0) return;
+  answered_at_ = Clock::now();
   slot.delay = retry_delay_min;  // it works: the next loss is news again
   if (slot.certain && doubts_) vouch(answered);
 }

@@ -80,6 +80,41 @@ TEST_CASE("a peer that hangs with requests in flight is given up, and a slow one
   CHECK(peer->ending() == "reset");
 }
 
+TEST_CASE("a hang costs one connection, or all when none answers") {
+  Listener listener;
+  auto config = config_for(listener);
+  config.connections = 2;
+  config.answer_timeout = 400ms;
+  Driver d(config);
+  d.target->open();
+  auto first = d.accept(listener);
+  first->send_hello(mib, flags_multi);
+  auto second = d.accept(listener);
+  second->send_hello(mib, flags_multi);
+  REQUIRE(d.until([&] { return d.connections() == 2; }));
+
+  // The first vouches for the second; then it hangs.
+  (void)d.write(0, 4096, 'a');
+  const auto vouching = d.request(*first);
+  REQUIRE(vouching);
+  first->send_reply(*vouching);
+  REQUIRE(d.until([&] { return d.unanswered() == 0; }));
+  (void)d.write(0, 4096, 'a');
+  REQUIRE(d.request(*first));
+  bool others_answer = false;
+  SUBCASE("none answers") {}
+  SUBCASE("another answers") { others_answer = true; }
+  if (others_answer) {
+    d.run_for(300ms);
+    (void)d.write(4096, 4096, 'b');
+    const auto r = d.request(*second);
+    REQUIRE(r);
+    second->send_reply(*r);
+  }
+  CHECK(d.until([&] { return d.connections() == (others_answer ? 1 : 0); }, 2s));
+  CHECK(d.count("lost") == (others_answer ? 0 : 1));
+}
+
 TEST_CASE("closing with nothing in flight says DISC and isn't a reset") {
   Listener listener;
   Driver d(config_for(listener));
