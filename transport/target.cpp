@@ -378,16 +378,20 @@ bool State::answer_here(const mirror::DiskOp& op) {
   return true;
 }
 
-// The connection with the least in flight.
+// The connection with the least in flight. If all have just died, and have not been able to say so, one
+// of them: it answers when it does. An answer from here would come before the smaller window, and who asks
+// again at once would be answered so for ever, while nothing else gets its turn.
 Slot* State::choose(const mirror::DiskOp& op) {
   Slot* best = nullptr;
   std::uint64_t in_flight = 0;
   for (const auto& slot : slots_) {
     if (!slot->ready) continue;
     in_flight += slot->connection->ops();
-    const bool fit = op.command != Command::flush || slot->certain;
-    if (!fit || !slot->connection->is_ready()) continue;
-    if (best == nullptr || slot->connection->cost() < best->connection->cost()) best = slot.get();
+    if (op.command == Command::flush && !slot->certain) continue;
+    const auto rank = [](const Slot& s) {
+      return std::pair(!s.connection->is_ready(), s.connection->cost());
+    };
+    if (best == nullptr || rank(*slot) < rank(*best)) best = slot.get();
   }
   NBDFERRY_ASSERT(in_flight <= slots_.size() * connection_ops_max + flushes_max,
                   "the core keeps within the window");

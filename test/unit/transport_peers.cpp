@@ -261,6 +261,45 @@ TEST_CASE("one connection of several is replaced: its operations are lost, the o
   CHECK(d.count("lost") == 0);
 }
 
+TEST_CASE("all connections reset at once: who asks again at each loss is not answered for ever") {
+  Listener listener;
+  auto config = config_for(listener);
+  config.connections = 2;
+  Driver d(config);
+  d.target->open();
+  auto first = d.accept(listener);
+  first->send_hello(mib, flags_multi);
+  auto second = d.accept(listener);
+  second->send_hello(mib, flags_multi);
+  REQUIRE(d.until([&] { return d.connections() == 2; }));
+  (void)d.write(0, 4096, 'a');  // so that the second counts, too (rule 7)
+  const auto vouching = d.request(*first);
+  REQUIRE(vouching);
+  first->send_reply(*vouching);
+  REQUIRE(d.until([&] { return d.unanswered() == 0; }));
+  (void)d.write(0, 4096, 'a');
+  (void)d.write(4096, 4096, 'b');
+  d.run_for(50ms);
+  for (std::uint64_t i = 0; i < 4; ++i) (void)d.write(i * 4096, 4096, 'b');
+  d.run_for(50ms);
+
+  // As the core does after a pivot: what is lost is asked again while there is a window.
+  int again = 0;
+  constexpr int too_often = 1000;
+  d.on_event = [&](const mirror::Event& event) {
+    const auto* done = std::get_if<mirror::TargetDone>(&event);
+    if (done != nullptr && done->error == IoError::lost && d.window_ops > 0 && again < too_often) {
+      ++again;
+      (void)d.write(0, 4096, 'c');
+    }
+  };
+  first->close();  // with requests unread: resets
+  second->close();
+  CHECK(d.until([&] { return d.count("lost") == 1; }));
+  CHECK(again < too_often);
+  CHECK(d.unanswered() == 0);
+}
+
 TEST_CASE("a replacement proves nothing before an older connection has answered (rule 7)") {
   Listener listener;
   auto config = config_for(listener);
