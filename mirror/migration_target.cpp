@@ -324,10 +324,10 @@ void Migration::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
   queue_.unpark(op.id);
   if (op.kind == OpKind::mirrored) queue_.answered();
-  answered_at_ = context_.now;
+  if (event.error != IoError::lost) answered_at_ = context_.now;
   const bool wrote = is_write(op.command);
   if (event.error == IoError::none) {
-    errors_in_row_ = 0;
+    errors_in_row(op.command) = 0;
     if (wrote) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
@@ -340,6 +340,9 @@ void Migration::target_done(TargetDone&& event) {
     ++context_.counters.suspects;
     suspects_.add(blocks_of(op.range), context_.now + options_.quarantine);
     map_->set_flag(blocks_of(op.range), ChunkFlag::suspect);
+  }
+  if (event.error == IoError::lost && last_error_.empty()) {
+    last_error_ = "a connection to the target was lost before it had answered";
   }
   if (wrote) settle(op.range);
   if (op.kind == OpKind::flush) {
@@ -383,13 +386,13 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
   const std::string what = "the target failed to " + std::string(to_string(op.command)) + ": " +
                            std::string(to_string(error));
   last_error_ = what;
-  ++errors_in_row_;
+  const std::uint32_t in_row = ++errors_in_row(op.command);
   const bool hopeless = error == IoError::no_space || error == IoError::not_permitted;
-  if (hopeless || errors_in_row_ >= context_.config.limits.target_errors_max) {
+  if (hopeless || in_row >= context_.config.limits.target_errors_max) {
     end(Phase::failed, what);
     return;
   }
-  const auto backoff = error_backoff * (1 << std::min<std::uint32_t>(errors_in_row_ - 1, 6));
+  const auto backoff = error_backoff * (1 << std::min<std::uint32_t>(in_row - 1, 6));
   retry_at_ = context_.now + std::min(backoff, error_backoff_max);
 }
 

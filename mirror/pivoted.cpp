@@ -167,7 +167,7 @@ void Pivoted::submit_piece(GuestOp& op, Request& request, ByteRange piece) {
   const bool data = disk.command == Command::read || disk.command == Command::write ||
                     (disk.command == Command::zero && !info_.can_zero);
   in_flight_.add({disk.id, OpKind::guest, disk.command, piece, data ? piece.length() : 0, 0,
-                  std::nullopt, false, op.id});
+                  std::nullopt, false, op.id, context_.now});
   ++request.in_flight;
   request.sent_until = piece.end;
   if (is_write(disk.command)) resume_.send(piece);
@@ -180,7 +180,8 @@ void Pivoted::submit_flush(std::optional<OpId> guest) {
   disk.command = Command::flush;
   flush_cuts_.emplace(disk.id, acknowledged_);
   if (!guest) own_flush_ = true;
-  in_flight_.add({disk.id, OpKind::flush, Command::flush, {}, 0, 0, guest, false, {}});
+  in_flight_.add(
+      {disk.id, OpKind::flush, Command::flush, {}, 0, 0, guest, false, {}, context_.now});
   context_.submit_target(std::move(disk));
 }
 
@@ -207,6 +208,7 @@ void Pivoted::pump() {
 
 void Pivoted::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
+  if (event.error != IoError::lost) answered_at_ = context_.now;
   if (event.error == IoError::lost && is_write(op.command) &&
       !NBDFERRY_MUTANT(pivot_no_quarantine)) {
     quarantines_.push_back({op.range, context_.now + options_.quarantine});
@@ -433,8 +435,16 @@ void Pivoted::pump_replay() {
     disk.may_hole = r.may_hole;
     replays_.emplace(disk.id, replay_next_);
     r.sent = true;
-    in_flight_.add(
-        {disk.id, OpKind::replay, disk.command, disk.range, bytes, 0, std::nullopt, false, {}});
+    in_flight_.add({disk.id,
+                    OpKind::replay,
+                    disk.command,
+                    disk.range,
+                    bytes,
+                    0,
+                    std::nullopt,
+                    false,
+                    {},
+                    context_.now});
     ++context_.counters.replayed_writes;
     resume_.send(disk.range);
     context_.submit_target(std::move(disk));
@@ -502,6 +512,9 @@ void Pivoted::report(Status& s) const {
   s.phase = Phase::switched;
   s.buffered_bytes = retained_bytes_;
   s.last_error = last_error_;
+  Time asked = context_.now;
+  in_flight_.for_each([&](const TargetOp& op) { asked = std::min(asked, op.sent_at); });
+  s.target_silent = context_.now - std::max(asked, answered_at_);
   std::uint64_t suspect = 0;
   for (const auto& q : quarantines_) suspect += q.range.length();
   s.suspect_bytes = suspect;

@@ -105,6 +105,7 @@ class Pivoted {
   bool link_up_ = true;
   bool met_ = true;  // info_ says what the target is
   Time lost_at_{0};
+  Time answered_at_{0};  // the target's last answer
   std::optional<Time> reopen_at_;
   std::string last_error_;
   TargetOps in_flight_;

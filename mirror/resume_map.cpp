@@ -1,7 +1,6 @@
 #include "mirror/resume_map.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 
 #include "mirror/assert.hpp"
@@ -12,8 +11,9 @@ namespace {
 
 constexpr std::uint64_t word_bits = 64;
 
+// One store, where the program says it.
 void store(std::uint64_t& word, std::uint64_t value) {
-  std::atomic_ref(word).store(value, std::memory_order_release);
+  *static_cast<volatile std::uint64_t*>(&word) = value;
 }
 
 std::uint64_t chunks_in(std::uint64_t size) { return (size + chunk_size - 1) / chunk_size; }

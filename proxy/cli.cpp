@@ -142,9 +142,10 @@ void define_serve(CLI::App& root, ServeCommand& serve) {
            [&serve](std::uint64_t size) { serve.disk.create_size = size; });
   app.add_option("--control", serve.control, "Control socket (default: DISK.ctl)")
       ->type_name("PATH");
-  app.add_option("--state", serve.disk.state_directory,
-                 "Where a migration keeps what a restart goes on from: a directory in memory (default: "
-                 "/run/nbdferry, else $XDG_RUNTIME_DIR/nbdferry)")
+  app.add_option(
+         "--state", serve.disk.state_directory,
+         "Where a migration keeps what a restart goes on from: a directory in memory (default: "
+         "/run/nbdferry, else $XDG_RUNTIME_DIR/nbdferry)")
       ->type_name("DIR");
   app.add_flag("--incoming", serve.disk.incoming,
                "Take writes only from a migration, until promote");
@@ -218,6 +219,10 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
            "A lost connection's unanswered writes may still be applied for "
            "this long (default: 60s)",
            options.quarantine);
+  add_time(app, "--answer-timeout",
+           "A connection on which the target answers nothing for this long is given up and made "
+           "anew (default: 60s)",
+           migrate.request.answer_timeout);
   add_time(app, "--reconnect-delay",
            "After a pivot: how long I/O waits for a lost target "
            "(default: 30s)",
@@ -263,12 +268,12 @@ void define_others(CLI::App& root, Parsed& parsed) {
   add("pause", "Stop copying; guest writes become debt", Verb::pause);
   add("resume", "Copy again", Verb::resume);
   add("cancel", "Give the migration up; the guest stays on the source", Verb::cancel);
-  CLI::App& verify =
-      define_client(root, parsed, "verify",
-                    "Compare source and target block by block, heal differences, report");
-  verify.add_flag("--acknowledge", parsed.acknowledge,
-                  "Compare nothing: the differences found so far, which are healed, no longer stand "
-                  "in a switchover's way");
+  CLI::App& verify = define_client(
+      root, parsed, "verify", "Compare source and target block by block, heal differences, report");
+  verify.add_flag(
+      "--acknowledge", parsed.acknowledge,
+      "Compare nothing: the differences found so far, which are healed, no longer stand "
+      "in a switchover's way");
   verify.callback(
       [&parsed] { parsed.verb = parsed.acknowledge ? Verb::acknowledge : Verb::verify; });
   add("unfence", "Serve a retired disk again: only if the target does not own it", Verb::unfence);

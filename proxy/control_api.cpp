@@ -35,6 +35,7 @@ constexpr std::array<TimeField, 7> time_fields{{
     {"deadline_ms", &MigrateOptions::deadline, 0},
 }};
 constexpr std::int64_t time_max_ms = std::int64_t{30} * 24 * 3600 * 1000;
+constexpr std::uint64_t answer_timeout_min_ms = 100;  // less is slow, not hung
 constexpr std::uint64_t buffer_bytes_min = 64 * 1024;
 constexpr std::uint64_t bandwidth_min = 64 * 1024;
 constexpr std::uint64_t buffer_bytes_max = std::uint64_t{1} << 40;
@@ -166,6 +167,10 @@ void read_field(MigrateRequest& request, std::string_view field, const json::val
     request.uris = read_uris(value);
   } else if (field == "connections") {
     request.connections = static_cast<unsigned>(read_number(value, field, 0, connections_max));
+  } else if (field == "answer_timeout_ms") {
+    const auto ms =
+        read_number(value, field, answer_timeout_min_ms, static_cast<std::uint64_t>(time_max_ms));
+    request.answer_timeout = std::chrono::milliseconds(static_cast<std::int64_t>(ms));
   } else if (field == "mode") {
     options.mode = read_name(value, field, modes);
   } else if (field == "switch") {
@@ -191,7 +196,10 @@ void read_field(MigrateRequest& request, std::string_view field, const json::val
 
 json::object migrate_to_json(const MigrateRequest& request) {
   const MigrateOptions& options = request.options;
+  const auto answer_timeout =
+      std::chrono::duration_cast<std::chrono::milliseconds>(request.answer_timeout);
   json::object o{{"connections", request.connections},
+                 {"answer_timeout_ms", answer_timeout.count()},
                  {"mode", name_of(options.mode, modes)},
                  {"switch", name_of(options.switch_when, switch_times)},
                  {"consistency", name_of(options.consistency, consistencies)},

@@ -189,6 +189,8 @@ void ExportImpl::on(mirror::OpenTarget&&) {
   transport::TargetConfig config;
   config.uris = request_.uris;
   config.connections = request_.connections;
+  config.answer_timeout = request_.answer_timeout;
+  config.connect_timeout = std::min(config.connect_timeout, config.answer_timeout);
   config.size_wanted = info_.size;
   config.migration_id = migration_id_;
   target_uris_ = request_.uris;

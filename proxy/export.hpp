@@ -30,7 +30,8 @@ struct ExportOptions {
 
 struct MigrateRequest {
   std::vector<std::string> uris;
-  unsigned connections = 0;  // per path; 0: chosen
+  unsigned connections = 0;                            // per path; 0: chosen
+  Duration answer_timeout = std::chrono::seconds(60);  // then a connection that hangs is given up
   mirror::MigrateOptions options;
 };
 

@@ -108,7 +108,7 @@ class ExportImpl final : public Export {
   MigrateRequest request_;  // of the migration that runs or is to start
   std::string migration_id_;
 
-  std::string state_directory_;  // empty: nothing outlives the process …
+  std::string state_directory_;   // empty: nothing outlives the process …
   std::string no_state_because_;  // … and why
   std::optional<StateFile> state_;
   std::optional<StateFile> next_state_;  // of a migration that waits for the end of another one

@@ -38,8 +38,8 @@ void ExportImpl::restore() {
     serve_target(state_ ? state_->memory() : std::span<std::byte>());
     return;
   }
-  const bool ours =
-      ownership_.role == Role::owner && (!found.migration || found.migration->generation == ownership_.generation);
+  const bool ours = ownership_.role == Role::owner &&
+                    (!found.migration || found.migration->generation == ownership_.generation);
   if (!ours) {
     // Whose copy of the disk counts has been settled since.
     if (found.file) found.file->remove();
@@ -55,8 +55,9 @@ void ExportImpl::resume(const SavedMigration& saved, bool trusted) {
   try {
     request = migrate_from_json(saved.request);
   } catch (const std::exception& e) {
-    log_line(fmt::format("{}: the migration that was running can't be continued: {}: start it again",
-                         options_.disk, e.what()));
+    log_line(
+        fmt::format("{}: the migration that was running can't be continued: {}: start it again",
+                    options_.disk, e.what()));
     if (state_) state_->remove();
     state_.reset();
     return;
@@ -88,8 +89,8 @@ void ExportImpl::serve_target(std::span<std::byte> state) {
   }
   request_.uris = ownership_.uris;
   migration_id_ = ownership_.migration_id;
-  log_line(fmt::format("{}: pivoted: serving from {}", options_.disk,
-                       fmt::join(ownership_.uris, " ")));
+  log_line(
+      fmt::format("{}: pivoted: serving from {}", options_.disk, fmt::join(ownership_.uris, " ")));
   post(mirror::ServeTarget{request_.options, state});
 }
 

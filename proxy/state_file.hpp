@@ -51,9 +51,9 @@ struct SourceIdentity {
 
 // What it takes to go on with a migration, or to start it over.
 struct SavedMigration {
-  boost::json::object request;  // migrate_to_json()
-  std::string id;               // new_migration_id()
-  bool running = true;          // goes on by itself after a restart
+  boost::json::object request;   // migrate_to_json()
+  std::string id;                // new_migration_id()
+  bool running = true;           // goes on by itself after a restart
   std::uint64_t generation = 0;  // of the disk's ownership record when it began
   friend bool operator==(const SavedMigration&, const SavedMigration&) = default;
 };

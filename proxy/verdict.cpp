@@ -1,6 +1,7 @@
 // What a status amounts to.
 #include "proxy/verdict.hpp"
 
+#include <algorithm>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -70,6 +71,11 @@ std::string cancelled(const mirror::Status& core) {
 std::string away(const ExportStatus& status) {
   const std::string peer = status.peer.empty() ? "its target" : status.peer;
   if (status.core.serving == mirror::Serving::target) {
+    const bool reached = std::any_of(status.paths.begin(), status.paths.end(),
+                                     [](const PathStatus& path) { return path.connections != 0; });
+    if (!reached && !status.core.last_error.empty()) {
+      return fmt::format("pivoted, and the guest waits for the target: {}", status.core.last_error);
+    }
     return fmt::format("pivoted: the guest is served from here, its disk is at {}", peer);
   }
   return fmt::format(
@@ -119,9 +125,10 @@ std::string verdict_of(const ExportStatus& status) {
       return core.serving == mirror::Serving::source ? "switched, and unfenced since"
                                                      : away(status);
     case Phase::interrupted:
-      return "interrupted: the target is gone, the guest goes on, trying again";
+      return fmt::format("interrupted: {}; the guest goes on, trying again", core.last_error);
     case Phase::failed:
-      return "failed: " + core.last_error;
+      return fmt::format("failed: {}; the guest goes on here: migrate again once that is put right",
+                         core.last_error);
     case Phase::cancelled:
       return cancelled(core);
   }

@@ -5,9 +5,12 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <string_view>
 
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <boost/asio/post.hpp>
@@ -25,6 +28,11 @@ namespace {
 // Replies handled before the loop gets its turn. libnbd handles one a call, and the socket must be
 // known to be readable before each.
 constexpr int replies_per_turn_max = 64;
+
+// What to do about it.
+constexpr const char* check_server = "check the server there, and the export's name";
+
+constexpr int checks_per_answer_timeout = 4;
 
 constexpr std::uint32_t payload_limit = 32 * 1024 * 1024;  // NBD protocol: portable maximum
 
@@ -60,8 +68,41 @@ void Connection::on_timeout() {
   if (stage_ == Stage::ready || stage_ == Stage::ended) return;
   const auto seconds = std::chrono::duration<double>(options_.connect_timeout).count();
   fail(stage_ == Stage::dialling
-           ? fmt::format("cannot connect: no answer within {:g} s", seconds)
-           : fmt::format("connected, but the NBD handshake did not end within {:g} s", seconds));
+           ? fmt::format("cannot connect: no answer within {:g} s: {}", seconds, check_address)
+           : fmt::format("connected, but the NBD handshake did not end within {:g} s: {}", seconds,
+                         check_server));
+}
+
+// --- a server that hangs
+// --------------------------------------------------------------------------------------
+
+void Connection::watch_answers() {
+  timer_.expires_after(options_.answer_timeout / checks_per_answer_timeout);
+  timer_.async_wait([weak = weak_from_this()](const boost::system::error_code& error) {
+    if (auto self = weak.lock(); self && !error && self->stage_ == Stage::ready) {
+      self->check_answers();
+    }
+  });
+}
+
+void Connection::check_answers() {
+  const auto now = Clock::now();
+  const int unsent = unsent_bytes();
+  if (std::exchange(moved_, false) || ops_ == 0 || unsent != unsent_bytes_) moved_at_ = now;
+  unsent_bytes_ = unsent;
+  if (now - moved_at_ < options_.answer_timeout) {
+    watch_answers();
+    return;
+  }
+  hung_ = true;
+  fail(fmt::format("the server hangs: requests unanswered, and nothing moving for {:g} s",
+                   std::chrono::duration<double>(options_.answer_timeout).count()));
+}
+
+// What our kernel has taken and the peer's not.
+int Connection::unsent_bytes() {
+  int bytes = 0;
+  return ::ioctl(watched_.native_handle(), SIOCOUTQ, &bytes) == 0 ? bytes : 0;
 }
 
 void Connection::on_dialled(int fd, const std::string& error) {
@@ -139,9 +180,11 @@ void Connection::learn_offer() {
 std::string Connection::why_dead() const {
   const bool closed = nbd_aio_is_closed(handle_) == 1;
   const auto why = closed ? "the server closed the connection" : last_libnbd_error();
+  if (stage_ != Stage::handshaking) return why;
   // libnbd begins most errors of the handshake with that word, yet not those of the socket.
-  const bool silent = stage_ == Stage::handshaking && !why.starts_with("handshake: ");
-  return silent ? fmt::format("the NBD handshake failed: {}", why) : why;
+  constexpr std::string_view prefix = "handshake: ";
+  const auto text = std::string_view(why).substr(why.starts_with(prefix) ? prefix.size() : 0);
+  return fmt::format("the NBD handshake failed: {}: {}", text, check_server);
 }
 
 // --- waiting
@@ -178,6 +221,7 @@ bool Connection::readable_now() {
 }
 
 void Connection::on_readable() {
+  moved_ = true;
   for (int replies = 0; replies < replies_per_turn_max; ++replies) {
     if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_READ) == 0) break;
     // A speculative call would park the handle where new commands queue unsent.
@@ -189,6 +233,7 @@ void Connection::on_readable() {
 }
 
 void Connection::on_writable() {
+  moved_ = true;
   if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_WRITE) != 0) {
     (void)nbd_aio_notify_write(handle_);
   }
@@ -209,6 +254,8 @@ void Connection::progress() {
     stage_ = Stage::ready;
     timer_.cancel();
     learn_offer();
+    moved_at_ = Clock::now();
+    watch_answers();
     owner_->on_ready(*this);
   } else if (!answers_.empty()) {
     owner_->on_answers(*this);
@@ -220,6 +267,7 @@ void Connection::progress() {
 
 void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence) {
   NBDFERRY_ASSERT(stage_ == Stage::ready, "operations go to ready connections only");
+  if (ops_ == 0) moved_ = true;  // it could not answer earlier
   Flight& flight = take_flight(std::move(op), sequence);
   // A handle that died a moment ago answers nothing: the flight ends as lost with all the others.
   if (!dead_) {

@@ -14,6 +14,8 @@
 //  one
 //    write wait; notify_read is called only when the socket is readable.
 //  - libnbd's callbacks run under its lock: they only note what happened.
+//  - A server that hangs does not hang us: with requests in flight, something must move (bytes come in,
+//    bytes leave our kernel) within the answer timeout, or the connection ends. Slow is not hung.
 //  - Asio watches a duplicate of the descriptor, because libnbd closes its own when it likes; the
 //    duplicate is closed before the handle, always (rule 8).
 #pragma once
@@ -68,6 +70,7 @@ struct ConnectionOptions {
   Endpoint endpoint;
   std::string migration_id;
   Duration connect_timeout{};  // for dialling and handshaking together
+  Duration answer_timeout{};   // with requests in flight, nothing moving for so long is the end
 };
 
 class Connection : public std::enable_shared_from_this<Connection> {
@@ -88,6 +91,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void take_answers(std::vector<Answer>& out);
 
   [[nodiscard]] bool is_ready() const { return stage_ == Stage::ready && !dead_; }
+  // Did it end because the server hung?
+  [[nodiscard]] bool hung() const { return hung_; }
   [[nodiscard]] const Offer& offer() const { return offer_; }  // once ready
   [[nodiscard]] std::uint32_t ops() const { return ops_; }     // in flight
   [[nodiscard]] std::uint64_t cost() const { return cost_; }   // of what is in flight, about bytes
@@ -99,6 +104,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void on_dialled(int fd, const std::string& error);
   void on_timeout();
+  void watch_answers();
+  void check_answers();
+  int unsent_bytes();
   std::string start_handshake(int fd);
   void learn_offer();
   std::string why_dead() const;
@@ -124,10 +132,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::shared_ptr<Dial> dial_;
   nbd_handle* handle_ = nullptr;
   Stage stage_ = Stage::dialling;
-  bool dead_ = false;     // libnbd's handle is finished; we have not said so yet
+  bool dead_ = false;  // libnbd's handle is finished; we have not said so yet
+  bool hung_ = false;
   bool reading_ = false;  // a wait is pending
   bool writing_ = false;
   bool progress_posted_ = false;
+  bool moved_ =
+      false;  // bytes came in or went out, or a first request was sent, since the last check
+  int unsent_bytes_ = 0;          // in our kernel, at the last check
+  Clock::time_point moved_at_{};  // as far as checks can tell
 
   Offer offer_;
   std::vector<std::unique_ptr<Flight>>

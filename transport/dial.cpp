@@ -68,8 +68,8 @@ void Dial::start() {
       [self = shared_from_this()](const boost::system::error_code& error,
                                   const boost::asio::ip::tcp::resolver::results_type& results) {
         if (error) {
-          self->finish(
-              -1, fmt::format("cannot find host '{}': {}", self->endpoint_.host, error.message()));
+          self->finish(-1, fmt::format("cannot find host '{}': {}: check its name",
+                                       self->endpoint_.host, error.message()));
           return;
         }
         std::vector<Protocol::endpoint> addresses;
@@ -86,7 +86,7 @@ void Dial::connect(const std::vector<Protocol::endpoint>& addresses) {
       socket_, kept->begin(), kept->end(),
       [self = shared_from_this(), kept](const boost::system::error_code& error, auto) {
         if (error) {
-          self->finish(-1, fmt::format("cannot connect: {}", error.message()));
+          self->finish(-1, fmt::format("cannot connect: {}: {}", error.message(), check_address));
           return;
         }
         // Without Asio's registration, so that libnbd can have the descriptor for itself.

@@ -17,6 +17,9 @@
 
 namespace nbdferry::transport {
 
+// What to do when nobody answers.
+inline constexpr const char* check_address = "check the address, and that the server runs";
+
 class Dial : public std::enable_shared_from_this<Dial> {
  public:
   // Either a connected, non-blocking descriptor, which the callee owns, or -1 and why.

@@ -86,6 +86,7 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   void on_ended(Connection& connection, const std::string& reason) override;
 
  private:
+  using Clock = std::chrono::steady_clock;
   enum class Phase : std::uint8_t { idle, seeking, up, refused, closed };
 
   void add_slot();
@@ -103,6 +104,7 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   void take_answers(Slot& slot);
   void vouch(std::uint64_t sequence);
   [[nodiscard]] unsigned living() const;
+  [[nodiscard]] bool nobody_answers() const;
   [[nodiscard]] std::uint32_t window_ops() const { return living() * connection_ops_max; }
   [[nodiscard]] std::uint64_t window_bytes() const { return living() * connection_bytes_max; }
   void emit_soon();
@@ -118,7 +120,8 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   Offer offer_;          // of the first connection since TargetUp
   std::vector<std::shared_ptr<Slot>> slots_;
   std::uint64_t submissions_ = 0;
-  bool doubts_ = false;  // some ready connection isn't certain
+  bool doubts_ = false;              // some ready connection isn't certain
+  Clock::time_point answered_at_{};  // the last answer, on any connection
 
   std::vector<mirror::Event> outbox_;
   std::optional<mirror::Event> last_word_;  // TargetLost or TargetClosed: once all is answered
@@ -180,7 +183,9 @@ void State::add_slot() {
 
 void State::dial(Slot& slot) {
   slot.connection = std::make_shared<Connection>(
-      executor_, ConnectionOptions{endpoint_, config_.migration_id, config_.connect_timeout},
+      executor_,
+      ConnectionOptions{endpoint_, config_.migration_id, config_.connect_timeout,
+                        config_.answer_timeout},
       *this);
   slot.connection->open();
 }
@@ -205,6 +210,10 @@ const std::shared_ptr<Slot>& State::slot_of(const Connection& connection) const 
   NBDFERRY_ASSERT(found != slots_.end(), "a connection that is heard has a slot");
   return *found;
 }
+
+// Then a server hangs as a whole. One connection after the other would make the core, and after a pivot
+// the guest, wait as many times.
+bool State::nobody_answers() const { return Clock::now() - answered_at_ >= config_.answer_timeout; }
 
 unsigned State::living() const {
   return static_cast<unsigned>(
@@ -240,6 +249,7 @@ void State::came_up(Slot& slot) {
   phase_ = Phase::up;
   was_up_ = true;
   doubts_ = false;
+  answered_at_ = Clock::now();
   offer_ = slot.connection->offer();
   slot.ready = slot.certain = true;
   outbox_.emplace_back(mirror::TargetUp{offer_.info, window_ops(), window_bytes()});
@@ -274,7 +284,7 @@ void State::on_ended(Connection& connection, const std::string& reason) {
       std::any_of(slots_.begin(), slots_.end(), [](const auto& s) { return s->certain; });
   if (phase_ == Phase::seeking && !was_up_) {
     refuse(reason);
-  } else if (phase_ == Phase::up && !certain_left) {
+  } else if (phase_ == Phase::up && (!certain_left || (connection.hung() && nobody_answers()))) {
     lost(reason, slot->delay);
   }
   if (was_ready) {
@@ -368,16 +378,20 @@ bool State::answer_here(const mirror::DiskOp& op) {
   return true;
 }
 
-// The connection with the least in flight.
+// The connection with the least in flight. If all have just died, and have not been able to say so, one
+// of them: it answers when it does. An answer from here would come before the smaller window, and who asks
+// again at once would be answered so for ever, while nothing else gets its turn.
 Slot* State::choose(const mirror::DiskOp& op) {
   Slot* best = nullptr;
   std::uint64_t in_flight = 0;
   for (const auto& slot : slots_) {
     if (!slot->ready) continue;
     in_flight += slot->connection->ops();
-    const bool fit = op.command != Command::flush || slot->certain;
-    if (!fit || !slot->connection->is_ready()) continue;
-    if (best == nullptr || slot->connection->cost() < best->connection->cost()) best = slot.get();
+    if (op.command == Command::flush && !slot->certain) continue;
+    const auto rank = [](const Slot& s) {
+      return std::pair(!s.connection->is_ready(), s.connection->cost());
+    };
+    if (best == nullptr || rank(*slot) < rank(*best)) best = slot.get();
   }
   NBDFERRY_ASSERT(in_flight <= slots_.size() * connection_ops_max + flushes_max,
                   "the core keeps within the window");
@@ -405,6 +419,7 @@ void State::take_answers(Slot& slot) {
     outbox_.emplace_back(std::move(answer.done));
   }
   if (answered == 0) return;
+  answered_at_ = Clock::now();
   slot.delay = retry_delay_min;  // it works: the next loss is news again
   if (slot.certain && doubts_) vouch(answered);
 }

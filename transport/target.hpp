@@ -23,6 +23,9 @@ struct TargetConfig {
   std::uint64_t size_wanted = 0;  // refuse a smaller export
   std::string migration_id;       // asked for as "x-nbdferry:migration=<id>"; empty: not asked
   Duration connect_timeout = std::chrono::seconds(10);
+  // A connection with requests in flight on which nothing moves for so long is given up. Longer than a
+  // slow disk's flush, and than a server that stops for a while and goes on.
+  Duration answer_timeout = std::chrono::seconds(60);
 };
 
 struct PathState {

@@ -160,9 +160,13 @@ def same(a, b, what):
 class Ferry:
     """nbdferry serve, and its operator. `before`: a command that runs it, perhaps confined."""
 
-    def __init__(self, scratch, disk, *options, name="ferry", before=(), program=NBDFERRY):
+    def __init__(self, scratch, disk, *options, name="ferry", sockets=None, before=(),
+                 program=NBDFERRY):
+        """`sockets`: how the sockets' paths begin, where that is not beside the disk."""
         self.scratch, self.disk, self.name = scratch, disk, name
-        self.socket, self.control = disk + ".sock", disk + ".ctl"
+        self.socket, self.control = (sockets or disk) + ".sock", (sockets or disk) + ".ctl"
+        if sockets:
+            options = (*options, "--socket", self.socket, "--control", self.control)
         self.uri = unix_uri(self.socket)
         self.process = scratch.start(name, [*before, program, "serve", *options, disk])
         wait_until(lambda: self.process.poll() is not None or

@@ -118,6 +118,8 @@ TEST_CASE("cli: migrate's options") {
                                      "0",
                                      "--reconnect-delay",
                                      "5s",
+                                     "--answer-timeout",
+                                     "3s",
                                      "--skip-unreadable",
                                      "nbd://h/x"});
   CHECK(full.name == "migrate");
@@ -127,6 +129,7 @@ TEST_CASE("cli: migrate's options") {
   CHECK(migrate.wait);
   CHECK(migrate.request.uris == Args{"nbd://h/x"});
   CHECK(migrate.request.connections == 8);
+  CHECK(migrate.request.answer_timeout == Duration{3s});
   const mirror::MigrateOptions& options = migrate.request.options;
   CHECK(options.mode == mirror::Mode::sync);
   CHECK(options.switch_when == mirror::SwitchWhen::pivot);
@@ -145,6 +148,7 @@ TEST_CASE("cli: migrate's options") {
   const auto& defaults = std::get<MigrateCommand>(plain.action);
   CHECK_FALSE(defaults.wait);
   CHECK(defaults.request.connections == 0);
+  CHECK(defaults.request.answer_timeout == Duration{60s});
   CHECK(defaults.request.options.mode == mirror::Mode::automatic);
   CHECK(defaults.request.options.switch_when == mirror::SwitchWhen::manual);
 }

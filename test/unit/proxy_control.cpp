@@ -112,6 +112,7 @@ TEST_CASE("control: a migration's request arrives as it was sent") {
   MigrateRequest request;
   request.uris = {"nbd://host/x"};
   request.connections = 3;
+  request.answer_timeout = 12s;
   request.options.mode = mirror::Mode::sync;
   request.options.switch_when = mirror::SwitchWhen::release;
   request.options.buffer_bytes = 1 << 20;
@@ -130,6 +131,7 @@ TEST_CASE("control: a migration's request arrives as it was sent") {
   const MigrateRequest& got = served.only().requests.front();
   CHECK(got.uris == request.uris);
   CHECK(got.connections == 3);
+  CHECK(got.answer_timeout == Duration{12s});
   CHECK(got.options.mode == mirror::Mode::sync);
   CHECK(got.options.switch_when == mirror::SwitchWhen::release);
   CHECK(got.options.buffer_bytes == 1 << 20);
@@ -226,6 +228,7 @@ TEST_CASE("control: bad requests are refused, with the reason, and reach no expo
   refused("/migrate", R"({"uris":[1]})", "uris");
   refused("/migrate", R"({"uris":["a"],"speed":1})", "speed");
   refused("/migrate", R"({"uris":["a"],"connections":65})", "connections");
+  refused("/migrate", R"({"uris":["a"],"answer_timeout_ms":99})", "answer_timeout_ms");
   refused("/migrate", R"({"uris":["a"],"max_delay_ms":-1})", "max_delay_ms");
   refused("/migrate", R"({"uris":["a"],"downtime_limit_ms":0})", "downtime_limit_ms");
   refused("/migrate", R"({"uris":["a"],"buffer_bytes":1.5})", "buffer_bytes");

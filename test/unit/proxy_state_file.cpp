@@ -377,7 +377,7 @@ TEST_CASE("state file: one of another version of nbdferry") {
   CHECK_FALSE(found.migration);
 
   put(path, 0, sound);
-  edit(path, [](boost::json::object& header) { header.erase("target"); });
+  edit(path, [](boost::json::object& header) { header.erase("running"); });
   found = place.find();
   CHECK(says(found, "another version"));
   CHECK_FALSE(found.migration);

@@ -53,6 +53,68 @@ TEST_CASE("a peer that hangs in the handshake is refused in time, and reset") {
   CHECK(peer->ending() == "reset");
 }
 
+TEST_CASE("a peer that hangs with requests in flight is given up, and a slow one is not") {
+  Listener listener;
+  auto config = config_for(listener);
+  config.answer_timeout = 400ms;
+  Driver d(config);
+  d.target->open();
+  auto peer = d.accept(listener);
+  peer->send_hello(mib, flags_plain);
+  REQUIRE(d.until([&] { return d.count("up") == 1; }));
+  d.run_for(800ms);  // nobody asked anything
+  CHECK(d.count("lost") == 0);
+
+  for (int i = 0; i < 6; ++i) (void)d.write(4096, 4096, 'a');
+  for (int i = 0; i < 5; ++i) {  // in all longer than the timeout
+    d.run_for(200ms);
+    const auto r = d.request(*peer);
+    REQUIRE(r);
+    peer->send_reply(*r);
+  }
+  CHECK(d.count("lost") == 0);
+
+  CHECK(d.until([&] { return d.count("lost") == 1; }, 2s));
+  CHECK(d.reason.find("nothing moving for 0.4 s") != std::string::npos);
+  CHECK(d.unanswered() == 0);
+  CHECK(peer->ending() == "reset");
+}
+
+TEST_CASE("a hang costs one connection, or all when none answers") {
+  Listener listener;
+  auto config = config_for(listener);
+  config.connections = 2;
+  config.answer_timeout = 400ms;
+  Driver d(config);
+  d.target->open();
+  auto first = d.accept(listener);
+  first->send_hello(mib, flags_multi);
+  auto second = d.accept(listener);
+  second->send_hello(mib, flags_multi);
+  REQUIRE(d.until([&] { return d.connections() == 2; }));
+
+  // The first vouches for the second; then it hangs.
+  (void)d.write(0, 4096, 'a');
+  const auto vouching = d.request(*first);
+  REQUIRE(vouching);
+  first->send_reply(*vouching);
+  REQUIRE(d.until([&] { return d.unanswered() == 0; }));
+  (void)d.write(0, 4096, 'a');
+  REQUIRE(d.request(*first));
+  bool others_answer = false;
+  SUBCASE("none answers") {}
+  SUBCASE("another answers") { others_answer = true; }
+  if (others_answer) {
+    d.run_for(300ms);
+    (void)d.write(4096, 4096, 'b');
+    const auto r = d.request(*second);
+    REQUIRE(r);
+    second->send_reply(*r);
+  }
+  CHECK(d.until([&] { return d.connections() == (others_answer ? 1 : 0); }, 2s));
+  CHECK(d.count("lost") == (others_answer ? 0 : 1));
+}
+
 TEST_CASE("closing with nothing in flight says DISC and isn't a reset") {
   Listener listener;
   Driver d(config_for(listener));
@@ -197,6 +259,45 @@ TEST_CASE("one connection of several is replaced: its operations are lost, the o
   third->send_hello(mib, flags_multi);
   CHECK(d.until([&] { return d.window_ops == window; }));
   CHECK(d.count("lost") == 0);
+}
+
+TEST_CASE("all connections reset at once: who asks again at each loss is not answered for ever") {
+  Listener listener;
+  auto config = config_for(listener);
+  config.connections = 2;
+  Driver d(config);
+  d.target->open();
+  auto first = d.accept(listener);
+  first->send_hello(mib, flags_multi);
+  auto second = d.accept(listener);
+  second->send_hello(mib, flags_multi);
+  REQUIRE(d.until([&] { return d.connections() == 2; }));
+  (void)d.write(0, 4096, 'a');  // so that the second counts, too (rule 7)
+  const auto vouching = d.request(*first);
+  REQUIRE(vouching);
+  first->send_reply(*vouching);
+  REQUIRE(d.until([&] { return d.unanswered() == 0; }));
+  (void)d.write(0, 4096, 'a');
+  (void)d.write(4096, 4096, 'b');
+  d.run_for(50ms);
+  for (std::uint64_t i = 0; i < 4; ++i) (void)d.write(i * 4096, 4096, 'b');
+  d.run_for(50ms);
+
+  // As the core does after a pivot: what is lost is asked again while there is a window.
+  int again = 0;
+  constexpr int too_often = 1000;
+  d.on_event = [&](const mirror::Event& event) {
+    const auto* done = std::get_if<mirror::TargetDone>(&event);
+    if (done != nullptr && done->error == IoError::lost && d.window_ops > 0 && again < too_often) {
+      ++again;
+      (void)d.write(0, 4096, 'c');
+    }
+  };
+  first->close();  // with requests unread: resets
+  second->close();
+  CHECK(d.until([&] { return d.count("lost") == 1; }));
+  CHECK(again < too_often);
+  CHECK(d.unanswered() == 0);
 }
 
 TEST_CASE("a replacement proves nothing before an older connection has answered (rule 7)") {

@@ -1,0 +1,236 @@
+"""What a restart goes on from: `resume.py CASE`, with real processes that are killed."""
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+
+import ferry
+from ferry import MIB, check
+
+SIZE = 96 * MIB
+SLOW = ("--bandwidth", "24M", "--quarantine", "3s")
+
+
+@contextlib.contextmanager
+def state_directory():
+    """In memory, whatever file system the scratch directory is on."""
+    path = tempfile.mkdtemp(prefix="nbdferry-state-", dir="/dev/shm")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+class Rig:
+    """A disk of random data, a target, a guest; and a server that can be started again."""
+
+    def __init__(self, scratch, state):
+        self.scratch, self.state = scratch, state
+        self.image = scratch.file("source.img")
+        with open(self.image, "wb") as f:
+            f.write(os.urandom(SIZE))
+        self.target = scratch.garbage("target.img", SIZE)
+        self.lives = 0
+        self.disk = None
+
+    def serve(self, *options):
+        self.lives += 1
+        self.disk = ferry.Ferry(self.scratch, self.image, "--state", self.state, *options,
+                                name=f"ferry{self.lives}")
+        return self.disk
+
+    def log(self):
+        return self.scratch.log(f"ferry{self.lives}")
+
+    def migrate_half(self, uri, *options):
+        """Starts it under load, and returns when most is there, and has been flushed once (5 s)."""
+        self.disk.ok("migrate", "--bandwidth", "12M", "--quarantine", "3s", *options, uri)
+        load = self.load()
+        ferry.wait_until(lambda: self.disk.status()["copied_bytes"] > SIZE * 3 // 4, "most of it")
+        load.running()
+        return load
+
+    def load(self):
+        return ferry.Load(self.scratch, self.disk.uri, self.image, "--rate", "40", "--bytes", "4096",
+                          name=f"load{self.lives}")
+
+    def kill(self, load=None):
+        self.disk.process.kill()
+        self.disk.process.wait()
+        if load is not None:
+            load.process.wait(timeout=20)  # its connection is gone
+
+    def finish(self, verify=True):
+        """In sync, verified, released: and both sides are alike."""
+        self.disk.ok("set", "--bandwidth", "0")
+        ferry.wait_until(lambda: self.disk.status()["in_sync"], "to be in sync", 60)
+        if verify:
+            self.disk.ok("verify")
+        self.disk.ok("switch", "--release")
+        self.disk.stop()
+        ferry.same(self.image, self.target, "both sides")
+
+
+def remove(uri):
+    """The socket that a server has left behind."""
+    path = uri.split("socket=")[1]
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return path
+
+
+def resumed(rig):
+    status = rig.disk.status()
+    check(status["resumed"], f"it goes on by itself: {rig.log()}")
+    return status
+
+
+def killed(rig):
+    """kill -9 in the middle: what has been flushed on the target is not copied again."""
+    uri = ferry.qemu_nbd(rig.scratch, rig.target)
+    rig.serve()
+    load = rig.migrate_half(uri)
+    rig.kill(load)
+    rig.serve()
+    load = rig.load()
+    ferry.wait_until(lambda: resumed(rig)["resumed_bytes"] > 0, "the target to be reached")
+    have = rig.disk.status()["resumed_bytes"]
+    check(have > SIZE // 8, f"only {have} bytes were there already")
+    rig.disk.ok("set", "--bandwidth", "0")
+    ferry.wait_until(lambda: rig.disk.status()["in_sync"], "to be in sync", 60)
+    copied = rig.disk.status()["copied_bytes"]
+    check(copied < SIZE - have // 2, f"{copied} bytes copied although {have} were there")
+    rig.disk.fails("switch", "--release", because=["can't prove", "verify"])
+    load.end()
+    rig.finish()
+
+
+def stopped(rig):
+    """SIGTERM, and the next one goes on: an upgrade. Nothing is in quarantine, little is left."""
+    uri = ferry.nbdkit(rig.scratch, "file", rig.target)
+    rig.serve()
+    rig.disk.ok("migrate", *SLOW, uri)
+    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 2, "half of it")
+    rig.disk.stop()
+    rig.serve()
+    ferry.wait_until(lambda: resumed(rig)["resumed_bytes"] > 0, "the target to be reached")
+    status = rig.disk.status()
+    check(status["suspects"] == 0, f"nothing was left unanswered: {status}")
+    check(status["resumed_bytes"] > SIZE * 3 // 8, f"most is there: {status['resumed_bytes']}")
+    rig.finish()
+
+
+def options(rig):
+    """What was asked for, and changed since, holds after a restart."""
+    uri = ferry.nbdkit(rig.scratch, "file", rig.target)
+    rig.serve()
+    rig.disk.ok("migrate", *SLOW, "--mode", "async", "--trust-target", uri)
+    rig.disk.ok("set", "--mode", "sync", "--bandwidth", "32M")
+    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 4, "a quarter of it")
+    rig.kill()
+    rig.serve()
+    status = resumed(rig)
+    check(status["mode_wanted"] == "sync", f"the mode: {status['mode_wanted']}")
+    rig.finish(verify=False)  # the target is trusted
+
+
+def touched(rig):
+    """Somebody wrote to the disk meanwhile: nothing is believed, everything is copied."""
+    uri = ferry.nbdkit(rig.scratch, "file", rig.target)
+    rig.serve()
+    rig.disk.ok("migrate", *SLOW, uri)
+    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 2, "half of it")
+    rig.kill()
+    time.sleep(1.2)
+    with open(rig.image, "r+b") as f:
+        f.seek(5 * MIB)
+        f.write(os.urandom(MIB))
+    rig.serve()
+    check("written" in rig.log() and "starting over" in rig.log(), f"it says why: {rig.log()}")
+    check(not rig.disk.status()["resumed"], "nothing is believed")
+    rig.finish(verify=False)
+
+
+def replaced(rig):
+    """The target is another one: a sample shows it, and everything is copied."""
+    uri = ferry.nbdkit(rig.scratch, "file", rig.target)
+    server = rig.scratch.processes[-1]
+    rig.serve()
+    rig.disk.ok("migrate", *SLOW, uri)
+    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 2, "half of it")
+    rig.disk.stop()
+    rig.scratch.stop(server)
+    remove(uri)
+    rig.target = rig.scratch.garbage("another.img", SIZE)
+    check(ferry.nbdkit(rig.scratch, "file", rig.target) == uri, "at the same place")
+    rig.serve()
+    ferry.wait_until(lambda: "does not hold what it held" in rig.log(), "the sample")
+    check(rig.disk.status()["resumed_bytes"] == 0, "nothing is believed")
+    rig.finish(verify=False)
+
+
+def failed(rig):
+    """A migration that failed, and is started again to the same target, goes on, too."""
+    uri = ferry.qemu_nbd(rig.scratch, rig.target)
+    server = rig.scratch.processes[-1]
+    rig.serve()
+    load = rig.migrate_half(uri, "--trust-target")
+    # It comes back as an export that can't be used.
+    rig.scratch.stop(server)
+    path = remove(uri)
+    wrong = rig.scratch.start("wrong", ["nbdkit", "-f", "-r", "-U", path, "memory", str(SIZE)])
+    ferry.wait_until(lambda: rig.disk.status()["phase"] == "failed", "the failure", 40)
+    rig.scratch.stop(wrong)
+    remove(uri)
+    ferry.qemu_nbd(rig.scratch, rig.target)
+    rig.disk.ok("migrate", *SLOW, "--trust-target", uri)
+    status = resumed(rig)
+    check(status["resumed_bytes"] > 0, f"some of it is there already: {status}")
+    load.end()
+    rig.finish(verify=False)
+
+
+def pivoted(rig):
+    """After a pivot a killed server serves from the target again, never from its own disk."""
+    uri = ferry.qemu_nbd(rig.scratch, rig.target)
+    rig.serve()
+    rig.disk.ok("migrate", "--quarantine", "2s", "--switch", "pivot", "--wait", uri)
+    load = rig.load()
+    time.sleep(0.5)
+    rig.kill(load)
+    before = pathlib.Path(rig.image).stat().st_mtime_ns
+    rig.serve()
+    status = rig.disk.status()
+    check(status["role"] == "pivoted" and status["serving"] == "target", f"pivoted: {status}")
+    ferry.run_ok(["qemu-io", "-f", "raw", "-c", "write -P 0x5a 1M 64k", "-c", "flush",
+                  "-c", "read -P 0x5a 1M 64k", rig.disk.uri])
+    rig.disk.ok("switch", "--pivot")  # done already
+    rig.disk.stop()
+    check(pathlib.Path(rig.image).stat().st_mtime_ns == before, "its own disk is left alone")
+    with open(rig.target, "rb") as f:
+        f.seek(MIB)
+        check(f.read(65536) == b"\x5a" * 65536, "the write is on the target")
+
+
+def nowhere(rig):
+    """Without a place for the state it says so, and migrates."""
+    uri = ferry.nbdkit(rig.scratch, "file", rig.target)
+    rig.state = "/proc/nbdferry"
+    rig.serve()
+    rig.disk.ok("migrate", *SLOW, uri)
+    check("has to begin anew" in rig.log(), f"it says so: {rig.log()}")
+    rig.finish(verify=False)
+
+
+def main(case):
+    with ferry.Scratch() as scratch, state_directory() as state:
+        {f.__name__: f for f in (killed, stopped, options, touched, replaced, failed, pivoted,
+                                 nowhere)}[case](Rig(scratch, state))
+        check(not os.listdir(state) or case == "pivoted", f"left: {os.listdir(state)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
