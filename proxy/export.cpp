@@ -192,7 +192,7 @@ void ExportImpl::on(mirror::OpenTarget&&) {
   config.answer_timeout = request_.answer_timeout;
   config.connect_timeout = std::min(config.connect_timeout, config.answer_timeout);
   config.size_wanted = info_.size;
-  config.migration_id = migration_id_;
+  config.migration_id = migration_id_;  // and what does it hold of it already?
   target_uris_ = request_.uris;
   target_ =
       transport::Target::create(io_.get_executor(), std::move(config),
@@ -251,31 +251,61 @@ void ExportImpl::arm_ticks() {
 
 // --- sessions ---
 
-std::uint32_t ExportImpl::attach(ReplySink& sink, std::string_view migration) {
+std::uint32_t ExportImpl::attach(ReplySink& sink, const Migrant& migrant) {
   const std::uint32_t number = ++last_session_;
-  sessions_.emplace(number, Session{&sink, std::string(migration)});
-  if (!migration.empty() && migration != incoming_claim_) {
-    // The same source starts anew: what its earlier connections still hold is not to be written.
-    incoming_claim_ = migration;
-    fence_migrations(incoming_claim_);
+  if (!migrant.migration.empty()) {
+    // The same source starts anew, or has lost its connections: what the earlier ones still hold is not
+    // to be written.
+    fence_migrations(migrant);
+    if (migrant.migration != incoming_claim_) {
+      incoming_claim_ = migrant.migration;
+      record_claim();
+    }
   }
+  sessions_.emplace(number,
+                    Session{&sink, std::string(migrant.migration), std::string(migrant.session)});
   return number;
 }
 
 void ExportImpl::detach(std::uint32_t session) { sessions_.erase(session); }
 
-void ExportImpl::fence_migrations(std::string_view except) {
+void ExportImpl::fence_migrations(const Migrant& except) {
   std::vector<ReplySink*> out;
   for (const auto& [number, s] : sessions_) {
-    if (!s.migration.empty() && s.migration != except) out.push_back(s.sink);
+    if (s.migration.empty()) continue;
+    if (s.migration != except.migration || s.session != except.session) out.push_back(s.sink);
   }
   for (ReplySink* sink : out) sink->fence();
+}
+
+void ExportImpl::record_claim() {
+  if (ownership_.migration_id == incoming_claim_) return;
+  claim_pending_ = true;
+  Ownership next = ownership_;
+  next.migration_id = incoming_claim_;
+  write_record(std::move(next), [this](const std::string& error) {
+    claim_pending_ = false;
+    const auto waiting = std::exchange(after_claim_, {});
+    if (!error.empty()) {
+      log_line(fmt::format("{}: a migration is refused: {}", options_.disk, error));
+      incoming_claim_.clear();
+      fence_migrations({});
+      return;
+    }
+    for (auto request : waiting) post(std::move(request));
+    if (ownership_.migration_id != incoming_claim_) record_claim();  // replaced meanwhile
+  });
 }
 
 bool ExportImpl::knows_migration(std::string_view migration) const {
   const auto source = source_of(migration);
   if (ownership_.role != Role::incoming || !source) return false;
   return incoming_claim_.empty() || source_of(incoming_claim_) == source;
+}
+
+bool ExportImpl::holds_migration(std::string_view migration) const {
+  return ownership_.role == Role::incoming && ownership_.migration_id == migration &&
+         (incoming_claim_.empty() || incoming_claim_ == migration);
 }
 
 bool ExportImpl::may_write(std::uint32_t session) const {
@@ -287,6 +317,10 @@ bool ExportImpl::may_write(std::uint32_t session) const {
 
 void ExportImpl::submit(mirror::GuestRequest&& request) {
   meter_.count(request.command, request.range.length(), now());
+  if (claim_pending_) {
+    after_claim_.push_back(std::move(request));
+    return;
+  }
   post(std::move(request));
 }
 

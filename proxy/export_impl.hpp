@@ -32,9 +32,10 @@ class ExportImpl final : public Export {
 
   // Front
   const ExportInfo& info() const override { return info_; }
-  std::uint32_t attach(ReplySink& sink, std::string_view migration) override;
+  std::uint32_t attach(ReplySink& sink, const Migrant& migrant) override;
   void detach(std::uint32_t session) override;
   bool knows_migration(std::string_view migration) const override;
+  bool holds_migration(std::string_view migration) const override;
   bool may_write(std::uint32_t session) const override;
   void submit(mirror::GuestRequest&& request) override;
 
@@ -52,6 +53,7 @@ class ExportImpl final : public Export {
   struct Session {
     ReplySink* sink = nullptr;
     std::string migration;
+    std::string session;
   };
 
   void post(mirror::Event&& event);
@@ -89,7 +91,8 @@ class ExportImpl final : public Export {
   void write_record(Ownership next, std::function<void(std::string)> done);
   void promote(CommandHandler done);
   void unfence(CommandHandler done);
-  void fence_migrations(std::string_view except);
+  void fence_migrations(const Migrant& except);
+  void record_claim();
 
   void stop_when_quiet();
   void stop_flushed(IoError error);
@@ -126,6 +129,10 @@ class ExportImpl final : public Export {
   std::uint32_t last_session_ = 0;
   std::unordered_map<std::uint32_t, Session> sessions_;
   std::string incoming_claim_;  // the migration whose writes an incoming disk takes
+  // Not recorded yet: nothing is written before it is, so that the record never says that the disk holds
+  // what it no longer does.
+  bool claim_pending_ = false;
+  std::vector<mirror::GuestRequest> after_claim_;
 
   std::uint64_t last_command_ = 0;
   std::unordered_map<CommandId, CommandHandler> commands_;

@@ -44,20 +44,32 @@ class ReplySink {
   virtual void fence() = 0;
 };
 
+// A client that is a migration; an ordinary one has nothing of it.
+struct Migrant {
+  std::string_view migration;  // "x-nbdferry:migration=…"
+  // "x-nbdferry:session=…": connections of one session live together, those of an older one are dead
+  // when one of a newer session is served. Empty: it does not say.
+  std::string_view session;
+};
+
 class Front {
  public:
   virtual ~Front() = default;
   [[nodiscard]] virtual const ExportInfo& info() const = 0;
 
-  // `migration` is what the client put into the meta context "x-nbdferry:migration=…" that it
-  // selected, or empty. Returns the session's number.
-  virtual std::uint32_t attach(ReplySink& sink, std::string_view migration) = 0;
+  // `migrant`: the values of the private meta contexts that the client selected. Returns the session's
+  // number.
+  virtual std::uint32_t attach(ReplySink& sink, const Migrant& migrant) = 0;
   // Replies that come later are dropped.
   virtual void detach(std::uint32_t session) = 0;
 
   // Asked at SET_META_CONTEXT: is "x-nbdferry:migration=…" with this value acceptable here? (Only on
   // an --incoming disk; others don't know the context.)
   [[nodiscard]] virtual bool knows_migration(std::string_view migration) const = 0;
+
+  // … and "x-nbdferry:holds=…": does this disk hold what that migration wrote and flushed, and nothing
+  // that anybody wrote since?
+  [[nodiscard]] virtual bool holds_migration(std::string_view migration) const = 0;
 
   // Rule 11: an incoming disk takes writes only from its migration. False: answer EPERM.
   [[nodiscard]] virtual bool may_write(std::uint32_t session) const = 0;

@@ -18,6 +18,9 @@ using nbd::OptionReply;
 
 constexpr std::string_view allocation_context = "base:allocation";
 constexpr std::string_view migration_prefix = "x-nbdferry:migration=";
+constexpr std::string_view session_prefix = "x-nbdferry:session=";
+constexpr std::string_view holds_prefix = "x-nbdferry:holds=";
+constexpr std::size_t session_max = 64;
 
 std::span<const std::byte> bytes_of(std::string_view text) {
   return std::as_bytes(std::span(text.data(), text.size()));
@@ -266,8 +269,7 @@ void Handshake::answer_structured_reply(std::span<const std::byte> data) {
 // LIST_META_CONTEXT and SET_META_CONTEXT.
 void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
   if (set) {
-    negotiated_.allocation = false;
-    negotiated_.migration.clear();
+    forget_contexts();
     contexts_of_ = nullptr;
   }
   if (!negotiated_.structured_replies) {
@@ -293,13 +295,19 @@ void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
     reply(OptionReply::meta_context, entry);
   };
   if (selected.allocation) reply_context(allocation_context_id, std::string(allocation_context));
-  if (!selected.migration.empty()) {
-    reply_context(migration_context_id, std::string(migration_prefix) + selected.migration);
-  }
+  const auto reply_value = [&](std::uint32_t id, std::string_view prefix,
+                               const std::string& value) {
+    if (!value.empty()) reply_context(id, std::string(prefix) + value);
+  };
+  reply_value(migration_context_id, migration_prefix, selected.migration);
+  reply_value(session_context_id, session_prefix, selected.session);
+  reply_value(holds_context_id, holds_prefix, selected.holds);
   reply(OptionReply::ack);
   if (!set) return;
   negotiated_.allocation = selected.allocation;
   negotiated_.migration = std::move(selected.migration);
+  negotiated_.session = std::move(selected.session);
+  negotiated_.holds = std::move(selected.holds);
   contexts_of_ = front;
 }
 
@@ -313,13 +321,25 @@ void Handshake::select(std::string_view query, const Front& front, bool set,
     if (!value.empty() && selected.migration.empty() && front.knows_migration(value)) {
       selected.migration = value;
     }
+  } else if (query.starts_with(session_prefix)) {
+    const auto value = query.substr(session_prefix.size());
+    if (!selected.migration.empty() && value.size() <= session_max) selected.session = value;
+  } else if (query.starts_with(holds_prefix)) {
+    const auto value = query.substr(holds_prefix.size());
+    if (!value.empty() && front.holds_migration(value)) selected.holds = value;
   }
+}
+
+void Handshake::forget_contexts() {
+  negotiated_.allocation = false;
+  negotiated_.migration.clear();
+  negotiated_.session.clear();
+  negotiated_.holds.clear();
 }
 
 void Handshake::enter_transmission(Front& front) {
   if (contexts_of_ != &front) {
-    negotiated_.allocation = false;
-    negotiated_.migration.clear();
+    forget_contexts();
   }
   negotiated_.front = &front;
   state_ = State::transmission;

@@ -27,11 +27,15 @@ struct Negotiated {
   bool structured_replies = false;
   bool allocation = false;  // base:allocation was selected
   std::string migration;    // value of x-nbdferry:migration=…, if it was selected
+  std::string session;      // likewise, of x-nbdferry:session=…; only of a migration
+  std::string holds;        // likewise, of x-nbdferry:holds=…
 };
 
 // Context ids in BLOCK_STATUS replies.
 inline constexpr std::uint32_t allocation_context_id = 1;
 inline constexpr std::uint32_t migration_context_id = 2;
+inline constexpr std::uint32_t session_context_id = 3;
+inline constexpr std::uint32_t holds_context_id = 4;
 
 [[nodiscard]] std::uint16_t transmission_flags(const ExportInfo& info, bool structured_replies);
 
@@ -70,6 +74,7 @@ class Handshake {
   void answer_structured_reply(std::span<const std::byte> data);
   void answer_meta_context(std::span<const std::byte> data, bool set);
   void select(std::string_view query, const Front& front, bool set, Negotiated& selected) const;
+  void forget_contexts();
   void enter_transmission(Front& front);
   [[nodiscard]] Front* find(std::string_view name) const;
   void reply(nbd::OptionReply type, std::span<const std::byte> data = {});

@@ -166,10 +166,12 @@ void Session::enter_transmission() {
   phase_ = Phase::transmission;
   front_ = negotiated.front;
   allocation_ = negotiated.allocation;
-  migration_ = !negotiated.migration.empty();
+  if (!negotiated.migration.empty()) private_contexts_.push_back(migration_context_id);
+  if (!negotiated.session.empty()) private_contexts_.push_back(session_context_id);
+  if (!negotiated.holds.empty()) private_contexts_.push_back(holds_context_id);
   rights_.structured_replies = negotiated.structured_replies;
-  rights_.block_status = allocation_ || migration_;
-  number_ = front_->attach(*this, negotiated.migration);
+  rights_.block_status = allocation_ || !private_contexts_.empty();
+  number_ = front_->attach(*this, {negotiated.migration, negotiated.session});
 }
 
 void Session::parse_requests() {
@@ -322,7 +324,7 @@ void Session::settle() {
 void Session::end_turn() {
   if (phase_ == Phase::closed) return;
   send();
-  if (fenced_) return drop("replaced by a newer migration");
+  if (fenced_) return drop("replaced by a newer migration, or by a newer session of it");
   if (broken_) settle();
   if (phase_ == Phase::closed) return;
   if (phase_ == Phase::finishing && in_flight_.requests == 0 && replies_.empty()) return close();

@@ -142,8 +142,8 @@ class Session final : public ReplySink, public std::enable_shared_from_this<Sess
   Front* front_ = nullptr;              // from transmission on
   std::uint32_t number_ = 0;            // the export's number for this session
   nbd::Rights rights_;
-  bool allocation_ = false;  // contexts in BLOCK_STATUS replies
-  bool migration_ = false;
+  bool allocation_ = false;                      // contexts in BLOCK_STATUS replies …
+  std::vector<std::uint32_t> private_contexts_;  // … and their ids
 
   InputBuffer input_;
   LargeWrite large_write_;

@@ -117,7 +117,7 @@ void Session::answer_read(const nbd::Request& request, Payload data, Credit cred
   }
 }
 
-// One chunk for each selected context. The private one has nothing to tell: all blocks are alike.
+// One chunk for each selected context. The private ones have nothing to tell: all blocks are alike.
 void Session::answer_block_status(const nbd::Request& request, const std::vector<Extent>& extents,
                                   Credit credit) {
   const auto push_context = [&](std::uint32_t id, const std::vector<Extent>& of, bool last) {
@@ -127,8 +127,11 @@ void Session::answer_block_status(const nbd::Request& request, const std::vector
              .add(id),
          Payload::copy_of(bytes), last ? credit : Credit{});
   };
-  if (allocation_) push_context(allocation_context_id, extents, !migration_);
-  if (migration_) push_context(migration_context_id, {{request.length, false, false}}, true);
+  std::size_t left = private_contexts_.size();
+  if (allocation_) push_context(allocation_context_id, extents, left == 0);
+  for (const std::uint32_t id : private_contexts_) {
+    push_context(id, {{request.length, false, false}}, --left == 0);
+  }
 }
 
 void Session::push(const MessageHead& head, Payload payload, Credit credit) {

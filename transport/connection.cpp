@@ -137,9 +137,7 @@ std::string Connection::start_handshake(int fd) {
       handle_ != nullptr && nbd_set_strict_mode(handle_, 0) == 0 &&
       nbd_set_pread_initialize(handle_, false) == 0 &&
       nbd_set_export_name(handle_, options_.endpoint.export_name.c_str()) == 0 &&
-      nbd_add_meta_context(handle_, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0 &&
-      (options_.migration_id.empty() ||
-       nbd_add_meta_context(handle_, migration_context(options_.migration_id).c_str()) == 0);
+      nbd_add_meta_context(handle_, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0 && add_private_contexts();
   if (!configured) {
     ::close(fd);
     return last_libnbd_error();
@@ -147,6 +145,16 @@ std::string Connection::start_handshake(int fd) {
   // From here on the descriptor is libnbd's, even when this fails.
   if (nbd_aio_connect_socket(handle_, fd) == -1) return last_libnbd_error();
   return {};
+}
+
+// In this order: a session is one of a migration.
+bool Connection::add_private_contexts() {
+  if (options_.migration_id.empty()) return true;
+  const auto add = [this](std::string_view name, const std::string& value) {
+    return nbd_add_meta_context(handle_, private_context(name, value).c_str()) == 0;
+  };
+  return add("migration", options_.migration_id) && add("session", options_.session) &&
+         add("holds", options_.migration_id);
 }
 
 void Connection::learn_offer() {
@@ -172,9 +180,13 @@ void Connection::learn_offer() {
   info.has_allocation = nbd_can_meta_context(handle_, LIBNBD_CONTEXT_BASE_ALLOCATION) == 1;
   offer_.multi_conn = nbd_can_multi_conn(handle_) == 1;
   offer_.can_fast_zero = nbd_can_fast_zero(handle_) == 1;
-  offer_.migration_accepted =
-      !options_.migration_id.empty() &&
-      nbd_can_meta_context(handle_, migration_context(options_.migration_id).c_str()) == 1;
+  const auto accepted = [this](std::string_view name, const std::string& value) {
+    return !options_.migration_id.empty() &&
+           nbd_can_meta_context(handle_, private_context(name, value).c_str()) == 1;
+  };
+  offer_.migration_accepted = accepted("migration", options_.migration_id);
+  info.fenced = offer_.migration_accepted && accepted("session", options_.session);
+  info.proven = offer_.migration_accepted && accepted("holds", options_.migration_id);
 }
 
 std::string Connection::why_dead() const {

@@ -68,7 +68,8 @@ class ConnectionOwner {
 
 struct ConnectionOptions {
   Endpoint endpoint;
-  std::string migration_id;
+  std::string migration_id;    // empty: we are no migration
+  std::string session;         // of it: the connections that live together
   Duration connect_timeout{};  // for dialling and handshaking together
   Duration answer_timeout{};   // with requests in flight, nothing moving for so long is the end
 };
@@ -108,6 +109,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void check_answers();
   int unsent_bytes();
   std::string start_handshake(int fd);
+  bool add_private_contexts();
   void learn_offer();
   std::string why_dead() const;
 

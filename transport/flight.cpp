@@ -7,6 +7,7 @@
 
 #include <sys/mman.h>
 
+#include <fmt/format.h>
 #include <libnbd.h>
 
 #include "mirror/assert.hpp"
@@ -41,8 +42,8 @@ const void* zeroes() {
 
 }  // namespace
 
-std::string migration_context(const std::string& migration_id) {
-  return "x-nbdferry:migration=" + migration_id;
+std::string private_context(std::string_view name, const std::string& value) {
+  return fmt::format("x-nbdferry:{}={}", name, value);
 }
 
 void Connection::Flight::start(Connection& owner, mirror::DiskOp&& operation,

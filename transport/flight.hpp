@@ -26,6 +26,6 @@ struct Connection::Flight {
 };
 
 // The private meta context that tells an --incoming nbdferry whose migration this is (rule 11).
-[[nodiscard]] std::string migration_context(const std::string& migration_id);
+[[nodiscard]] std::string private_context(std::string_view name, const std::string& value);
 
 }  // namespace nbdferry::transport

@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <random>
 #include <stdexcept>
 #include <tuple>
 
@@ -58,6 +59,12 @@ struct Slot {
 };
 
 // What no replacement may change, because the core has been told otherwise.
+// A nbdferry target lets go of the connections of older sessions when it sees a new one.
+std::string new_session() {
+  std::random_device random;
+  return fmt::format("{:08x}{:08x}", random(), random());
+}
+
 bool same(const mirror::TargetInfo& a, const mirror::TargetInfo& b) {
   const auto key = [](const mirror::TargetInfo& i) {
     return std::tuple(i.size, i.block_min, i.payload_max, i.read_only, i.can_flush, i.can_fua,
@@ -115,6 +122,7 @@ class State final : public ConnectionOwner, public std::enable_shared_from_this<
   Endpoint endpoint_;
   EventHandler on_event_;
   Phase phase_ = Phase::idle;
+  std::string session_;  // as long as some connection lives that is older than a loss
   bool was_up_ = false;
   bool silent_ = false;  // the Target is gone
   Offer offer_;          // of the first connection since TargetUp
@@ -173,6 +181,7 @@ void State::open() {
   NBDFERRY_ASSERT(phase_ != Phase::seeking && phase_ != Phase::up, "a target is opened once");
   phase_ = Phase::seeking;
   was_up_ = false;
+  session_ = new_session();
   add_slot();
 }
 
@@ -184,7 +193,7 @@ void State::add_slot() {
 void State::dial(Slot& slot) {
   slot.connection = std::make_shared<Connection>(
       executor_,
-      ConnectionOptions{endpoint_, config_.migration_id, config_.connect_timeout,
+      ConnectionOptions{endpoint_, config_.migration_id, session_, config_.connect_timeout,
                         config_.answer_timeout},
       *this);
   slot.connection->open();
@@ -300,6 +309,7 @@ void State::on_ended(Connection& connection, const std::string& reason) {
 void State::lost(const std::string& reason, Duration delay) {
   drop_slots();
   phase_ = Phase::seeking;
+  session_ = new_session();
   last_word_ = mirror::TargetLost{fmt::format("{}: {}", endpoint_.uri, reason)};
   slots_.push_back(std::make_shared<Slot>(executor_));
   slots_.front()->delay = delay;

@@ -108,6 +108,38 @@ def killed(rig):
     rig.finish()
 
 
+def incoming(rig):
+    """A nbdferry target says that it is the same, and that old connections are dead: no quarantine,
+    no verification. It is killed, too."""
+    os.unlink(rig.target)
+    options = ("--incoming", "--create", str(SIZE), "--state", rig.state)
+    there = ferry.Ferry(rig.scratch, rig.target, *options, name="there")
+    rig.serve()
+    rig.disk.ok("migrate", "--bandwidth", "12M", "--quarantine", "600s", there.uri)
+    load = rig.load()
+    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE * 3 // 4, "most of it")
+    rig.kill(load)
+    rig.serve()
+    ferry.wait_until(lambda: resumed(rig)["resumed_bytes"] > 0, "the target to be reached")
+    check(rig.disk.status()["suspects"] == 0, f"fenced: {rig.disk.status()}")
+    for _ in range(2):  # the target's process is killed, and ours does not lose sight of it
+        there.process.kill()
+        there.process.wait()
+        there = ferry.Ferry(rig.scratch, rig.target, *options, name="there")
+        ferry.wait_until(lambda: rig.disk.status()["phase"] in ("copying", "in_sync"), "its return")
+        check(rig.disk.status()["suspects"] == 0, f"fenced: {rig.disk.status()}")
+    # Both at once: the target's record says what it holds.
+    rig.kill()
+    there.process.kill()
+    there.process.wait()
+    there = ferry.Ferry(rig.scratch, rig.target, *options, name="there")
+    rig.serve()
+    ferry.wait_until(lambda: resumed(rig)["phase"] in ("copying", "in_sync"), "both")
+    rig.finish(verify=False)
+    there.ok("promote")
+    there.stop()
+
+
 def stopped(rig):
     """SIGTERM, and the next one goes on: an upgrade. Nothing is in quarantine, little is left."""
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
@@ -227,7 +259,7 @@ def nowhere(rig):
 
 def main(case):
     with ferry.Scratch() as scratch, state_directory() as state:
-        {f.__name__: f for f in (killed, stopped, options, touched, replaced, failed, pivoted,
+        {f.__name__: f for f in (killed, incoming, stopped, options, touched, replaced, failed, pivoted,
                                  nowhere)}[case](Rig(scratch, state))
         check(not os.listdir(state) or case == "pivoted", f"left: {os.listdir(state)}")
 

@@ -22,9 +22,10 @@ class FakeExport : public Export {
     status_.role = "owner";
   }
   const ExportInfo& info() const override { return info_; }
-  std::uint32_t attach(ReplySink&, std::string_view) override { return 0; }
+  std::uint32_t attach(ReplySink&, const Migrant&) override { return 0; }
   void detach(std::uint32_t) override {}
   bool knows_migration(std::string_view) const override { return false; }
+  bool holds_migration(std::string_view) const override { return false; }
   bool may_write(std::uint32_t) const override { return true; }
   void submit(mirror::GuestRequest&&) override {}
   void stop(std::function<void(std::string)> done) override { done({}); }

@@ -31,8 +31,9 @@ MemoryFront::MemoryFront(boost::asio::io_context& io, std::uint64_t size, std::s
   info_.size = size;
 }
 
-std::uint32_t MemoryFront::attach(ReplySink& sink, std::string_view migration) {
-  migrations.emplace_back(migration);
+std::uint32_t MemoryFront::attach(ReplySink& sink, const Migrant& migrant) {
+  migrations.emplace_back(migrant.migration);
+  sessions.emplace_back(migrant.session);
   sinks_[++last_session_] = &sink;
   return last_session_;
 }

@@ -38,10 +38,13 @@ class MemoryFront final : public Front {
   MemoryFront(boost::asio::io_context& io, std::uint64_t size, std::string name = "");
 
   [[nodiscard]] const ExportInfo& info() const override { return info_; }
-  std::uint32_t attach(ReplySink& sink, std::string_view migration) override;
+  std::uint32_t attach(ReplySink& sink, const Migrant& migrant) override;
   void detach(std::uint32_t session) override { sinks_.erase(session); }
   [[nodiscard]] bool knows_migration(std::string_view migration) const override {
     return !known_migration.empty() && migration == known_migration;
+  }
+  [[nodiscard]] bool holds_migration(std::string_view migration) const override {
+    return !holding.empty() && migration == holding;
   }
   [[nodiscard]] bool may_write(std::uint32_t /*session*/) const override { return writes_allowed; }
   void submit(mirror::GuestRequest&& request) override;
@@ -55,6 +58,8 @@ class MemoryFront final : public Front {
   bool writes_allowed = true;
   std::string known_migration;
   std::vector<std::string> migrations;     // as attached
+  std::vector<std::string> sessions;       // likewise
+  std::string holding;                     // what it holds: a migration's name
   std::vector<mirror::GuestRequest> seen;  // without payloads, when `keep_seen`
   bool keep_seen = true;
   std::deque<mirror::GuestRequest> held;

@@ -251,6 +251,32 @@ TEST_CASE(
         std::vector<std::string>{"id-1"});
 }
 
+TEST_CASE("a migration's session, and what the disk holds of it") {
+  ServerThread server(size);
+  server.on_loop([&] {
+    server.front.known_migration = "id-1";
+    server.front.holding = "id-1";
+    return 0;
+  });
+  RawClient client = RawClient::unix_socket(server.path());
+  client.go(true, {"x-nbdferry:migration=id-1", "x-nbdferry:session=s", "x-nbdferry:holds=id-1"});
+  client.send_request(nbd::RequestType::block_status, 0, 8192);
+  for (const std::uint32_t id : {2U, 3U, 4U}) {
+    const RawReply reply = client.reply();
+    CHECK(reply.body == wire(id) + wire(8192U) + wire(0U));
+    CHECK(reply.flags == (id == 4 ? 1 : 0));
+  }
+  CHECK(server.on_loop([&] { return server.front.sessions; }) == std::vector<std::string>{"s"});
+
+  SUBCASE("it holds nothing of another, and a session is one of a migration") {
+    RawClient other = RawClient::unix_socket(server.path());
+    other.go(true, {"x-nbdferry:session=s", "x-nbdferry:holds=id-2", "base:allocation"});
+    other.send_request(nbd::RequestType::block_status, 0, 8192);
+    CHECK(other.reply().flags == 1);  // base:allocation alone
+    CHECK(server.on_loop([&] { return server.front.sessions.back(); }).empty());
+  }
+}
+
 TEST_CASE("garbage at each stage of the handshake ends that connection only") {
   ServerThread server(size);
   const std::string garbage(1000, 'G');
