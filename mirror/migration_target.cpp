@@ -276,7 +276,7 @@ void Migration::trust_flushed(ByteRange run) {
     return whole;
   };
   map_->for_each_run(run, [&](ByteRange r, BlockState state) {
-    if (state != BlockState::synced) return;
+    if (state != BlockState::synced && !NBDFERRY_MUTANT(resume_trusts_stale)) return;
     map_->for_each_flag_run(whole_chunks(r), unflushed_.flag(), [&](ByteRange part, bool later) {
       if (!later || NBDFERRY_MUTANT(resume_trusts_later_writes)) trust_idle(part);
     });
