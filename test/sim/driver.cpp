@@ -49,7 +49,7 @@ void Driver::step() {
   offer(true, w_.target().link() == Link::refused ? 6 : 1, &Driver::jump);
   offer(true, 1, &Driver::stall);
   offer(true, 2, &Driver::meddle);
-  offer(s.crashes && w_.may_crash(), w_.serving() == Serving::target ? 3 : 1, &Driver::crash);
+  offer(s.crashes && w_.may_crash(), w_.serving() == Serving::target ? 6 : 1, &Driver::crash);
 
   std::uint64_t ticket = prng_.below(total);
   for (std::size_t i = 0; i < count; ++i) {

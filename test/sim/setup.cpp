@@ -86,7 +86,7 @@ Setup make_setup(Prng& prng) {
   s.flush_errors = prng.chance(1, 8);
   s.unreadable = prng.chance(1, 8);
   s.stays_unreadable = s.unreadable && prng.chance(1, 2);
-  s.status_lags = prng.chance(1, 4);
+  s.status_lags = prng.chance(1, 2);
   s.losses = prng.chance(1, 2);
   s.restarts = prng.chance(2, 3);
   s.crashes = prng.chance(1, 2);

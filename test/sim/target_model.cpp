@@ -15,6 +15,7 @@ void TargetModel::renew() {
   corrupted_at_.assign(image.units(), 0);
   haunted_at_.assign(image.units(), 0);
   was_haunted_.assign(image.units(), false);
+  ours_.assign(image.units(), false);
   zombies_.clear();
   if (prng_.chance(1, 2)) return;
   for (std::uint64_t at = 0; at < image.size(); at += block_size_min) {
@@ -51,7 +52,6 @@ void TargetModel::open(bool another) {
     (void)image.crash(prng_);
   }
   used_ = true;
-  ours_.assign(image.units(), false);
   image.forgive();
 }
 

@@ -77,7 +77,10 @@ class TargetModel {
   void verified(std::uint64_t event);
   void set_event(std::uint64_t event) { event_ = event; }
   // A state of the target begins: it is this one that is known.
-  void met() { replaced_ = false; }
+  void met() {
+    replaced_ = false;
+    ours_.assign(image.units(), false);
+  }
   // A zombie wrote there, and nobody has since, or not yet durably: the core cannot know of it.
   [[nodiscard]] bool haunted(std::uint64_t unit) const {
     return haunted_at_[unit] != 0 || (was_haunted_[unit] && image.dirty(unit));
@@ -122,7 +125,7 @@ class TargetModel {
   std::vector<std::uint64_t> corrupted_at_;
   std::vector<std::uint64_t> haunted_at_;
   std::vector<bool> was_haunted_;
-  std::vector<bool> ours_;  // written since it was opened, or about to be
+  std::vector<bool> ours_;  // written since the state began, or about to be
 };
 
 }  // namespace nbdferry::sim

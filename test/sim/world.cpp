@@ -162,7 +162,7 @@ CommandId World::start(const MigrateOptions& options, bool resumed) {
     cases_.saw(Case::resumed);
     swapped_ = swapped_ || another_target_;
   } else {
-    if (!another_target_) target_.met();
+    target_.met();
     next_state_.assign(ResumeMap::bytes_for(setup_.engine.size) / sizeof(std::uint64_t), 0);
   }
   options_ = options;
