@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <string_view>
+#include <thread>
 
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -27,6 +29,7 @@ namespace {
 
 constexpr std::uint32_t page_bytes = 4096;
 constexpr std::size_t sniffed_bytes = 4096;
+constexpr auto lock_pause = std::chrono::milliseconds(10);
 
 [[noreturn]] void fail(const std::string& path, std::string_view why, std::string_view what_to_do) {
   throw std::runtime_error(fmt::format("disk '{}': {}: {}", path, why, what_to_do));
@@ -107,15 +110,29 @@ bool announce_to_qemu(int fd, bool read_only) {
   return ok;
 }
 
-void lock_disk(const std::string& path, int fd, bool block_device, bool read_only) {
+// True as soon as `attempt` is; tries for this long.
+template <class Attempt>
+bool waited(std::chrono::milliseconds longest, Attempt attempt) {
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + longest;
+  while (!attempt()) {
+    if (Clock::now() >= end) return false;
+    std::this_thread::sleep_for(lock_pause);
+  }
+  return true;
+}
+
+void lock_disk(const LocalDiskOptions& options, int fd, bool block_device) {
+  const int kind = options.read_only ? LOCK_SH : LOCK_EX;
   // Block devices were opened with O_EXCL; udev takes flock on them now and then.
-  if (!block_device && ::flock(fd, (read_only ? LOCK_SH : LOCK_EX) | LOCK_NB) != 0 &&
-      errno == EWOULDBLOCK) {
-    fail(path, "locked: another nbdferry (or a program that locks it) has it open",
+  if (!block_device && !waited(options.lock_wait, [&] {
+        return ::flock(fd, kind | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+      })) {
+    fail(options.path, "locked: another nbdferry (or a program that locks it) has it open",
          "stop that one first");
   }
-  if (!announce_to_qemu(fd, read_only)) {
-    fail(path, "locked: QEMU has it open", "stop that machine or qemu-nbd first");
+  if (!waited(options.lock_wait, [&] { return announce_to_qemu(fd, options.read_only); })) {
+    fail(options.path, "locked: QEMU has it open", "stop that machine or qemu-nbd first");
   }
 }
 
@@ -129,26 +146,32 @@ UniqueFd open_disk(const LocalDiskOptions& options) {
   // O_EXCL on a block device (only there without O_CREAT): not while it is mounted or part of
   // another device, nor by a second nbdferry. O_NONBLOCK: a FIFO must not hang us.
   const int exclusive = block_device && !options.read_only ? O_EXCL : 0;
-  UniqueFd fd(::open(path.c_str(),
-                     (options.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | exclusive));
+  const int flags = (options.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | exclusive;
+  UniqueFd fd;
+  int error = 0;
+  (void)waited(options.lock_wait, [&] {
+    fd = UniqueFd(::open(path.c_str(), flags));
+    error = fd ? 0 : errno;
+    return error != EBUSY;
+  });
   if (!fd) {
-    switch (errno) {
+    switch (error) {
       case ENOENT:
         fail(path, "no such file", "check the path, or make a new disk with --create SIZE");
       case EISDIR:
         fail(path, "is a directory", "name a raw image file or a block device");
       case EACCES:
       case EPERM:
-        fail(path, std::strerror(errno),
+        fail(path, std::strerror(error),
              options.read_only ? "run as a user who may read it"
                                : "run as a user who may read and write it, or use --read-only");
       case EROFS:
-        fail(path, std::strerror(errno), "use --read-only");
+        fail(path, std::strerror(error), "use --read-only");
       case EBUSY:
         fail(path, "locked: the device is mounted, part of another device or served already",
              "unmount it or stop what uses it first");
       default:
-        fail(path, std::strerror(errno), "check the path");
+        fail(path, std::strerror(error), "check the path");
     }
   }
   if (::fstat(fd.get(), &st) != 0) fail(path, std::strerror(errno), "check the path");
@@ -248,6 +271,8 @@ void open_direct(ProbedDisk& disk, const std::string& path, bool read_only) {
     fail(path, fmt::format("can't be opened for direct I/O: {}", std::strerror(errno)),
          "serve it without --direct");
   }
+  // The locks of the first one end with the process; what is under way on this one may not.
+  if (!read_only) (void)announce(disk.direct_fd.get(), qemu_does + qemu_write);
   disk.direct_align = disk.block_device ? disk.logical_block : page_bytes;
   // Readahead would build large folios around the unaligned requests, which direct ones then have
   // to throw away (see LocalDisk).
@@ -264,7 +289,7 @@ ProbedDisk probe_disk(const LocalDiskOptions& options) {
   disk.fd = open_disk(options);
   struct stat st {};
   disk.block_device = ::fstat(disk.fd.get(), &st) == 0 && S_ISBLK(st.st_mode);
-  lock_disk(options.path, disk.fd.get(), disk.block_device, options.read_only);
+  lock_disk(options, disk.fd.get(), disk.block_device);
   disk.size = disk_size(options.path, disk.fd.get(), options);
   if (disk.block_device) {
     look_at_block_device(disk);

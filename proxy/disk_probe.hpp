@@ -6,6 +6,7 @@
 // open).
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -25,11 +26,14 @@ struct LocalDiskOptions {
   bool direct = false;  // O_DIRECT for what is aligned
   std::optional<std::uint64_t> create_size =
       std::nullopt;  // absent file: make a sparse one of this size
+  // For who holds the disk to let go of it. What a killed process had given to io_uring goes on after its
+  // end, and holds the locks until it is done: a few ms, where the disk is healthy.
+  std::chrono::milliseconds lock_wait = std::chrono::seconds(1);
 };
 
 struct ProbedDisk {
   UniqueFd fd;         // buffered; carries the locks
-  UniqueFd direct_fd;  // with --direct only
+  UniqueFd direct_fd;  // with --direct only; marked, too: its writes may outlive fd
   std::uint64_t size = 0;
   std::uint32_t direct_align = 0;   // of offset, length and memory, bytes; 0: not direct
   std::uint32_t logical_block = 1;  // block device: what zeroing must be aligned to

@@ -30,9 +30,10 @@ mirror::Serving serving_for(Role role) {
 
 std::unique_ptr<Export> Export::open(boost::asio::io_context& io, const ExportOptions& options) {
   // The disk first: it takes the lock under which the record is ours to change.
-  const auto probe =
-      LocalDiskOptions{options.disk, options.read_only, options.direct, options.create_size};
-  ProbedDisk probed = probe_disk(probe);
+  ProbedDisk probed = probe_disk({.path = options.disk,
+                                  .read_only = options.read_only,
+                                  .direct = options.direct,
+                                  .create_size = options.create_size});
   const RecordPlace place = owner_record_place(options.disk);
   if (!place.note.empty()) log_line(place.note);
   OwnerRecord record = OwnerRecord::load(place.path, options.disk);

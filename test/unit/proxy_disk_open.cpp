@@ -1,7 +1,9 @@
 // Opening a disk: what is refused and how it is said, locks, --create, foreign formats.
+#include <chrono>
 #include <cstring>
 #include <fstream>
 #include <string>
+#include <thread>
 
 #include <fcntl.h>
 #include <sys/mount.h>
@@ -23,7 +25,8 @@ LocalDiskOptions create(const std::string& path, std::uint64_t size) {
   return {.path = path, .create_size = size};
 }
 
-std::string refusal(const LocalDiskOptions& options) {
+std::string refusal(LocalDiskOptions options) {
+  options.lock_wait = {};
   return error_of([&] { (void)probe_disk(options); });
 }
 
@@ -123,6 +126,22 @@ TEST_CASE("one disk, one server") {
   const auto reader = probe_disk({.path = path, .read_only = true});
   CHECK(refusal({.path = path, .read_only = true}).empty());
   CHECK(says(refusal(at(path)), "locked"));
+}
+
+TEST_CASE("a disk that is being let go of is waited for") {
+  const TempDir dir;
+  const std::string path = dir / "disk.img";
+  make_file(path, 1 << 20);
+  ProbedDisk killed = probe_disk({.path = path, .direct = true});
+  killed.fd = UniqueFd();
+  // What is under way on the other descriptor goes on.
+  CHECK(says(refusal(at(path)), "locked"));
+  std::thread ends([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    killed.direct_fd = UniqueFd();
+  });
+  CHECK(probe_disk(at(path)).size == 1 << 20);
+  ends.join();
 }
 
 TEST_CASE("one block device, one server, and not while it is mounted") {
