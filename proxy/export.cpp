@@ -419,6 +419,12 @@ void ExportImpl::command(Verb verb, CommandHandler done) {
     unfence(std::move(done));
     return;
   }
+  if (verb == Verb::abort) {
+    done = [this, done = std::move(done)](bool ok, const std::string& message) {
+      if (ok) remember_abort();
+      done(ok, message);
+    };
+  }
   const CommandId id = remember(std::move(done));
   switch (verb) {
     case Verb::pause:

@@ -79,6 +79,7 @@ class ExportImpl final : public Export {
   [[nodiscard]] std::optional<StateFile> create_state() const;
   void save_state();
   void remember_changes(const mirror::Set& changes);
+  void remember_abort();
   void start(MigrateRequest request, CommandHandler done, bool go_on);
 
   [[nodiscard]] Time now() const;

@@ -381,6 +381,7 @@ CASES = {
     "unfinished, and a reboot": lambda w: unfinished_never_fences(w, lambda w: reboot(w) or ()),
     "unfinished, and another state": lambda w: unfinished_never_fences(w, elsewhere),
     "an old migration stays dead": an_old_migration_stays_dead,
+    "aborted stays aborted": aborted_stays_aborted,
     "copies of a released disk": copies_of_a_released_disk,
     "a copy of a pivoted disk": a_copy_of_a_pivoted_disk,
     "a copy does not resume": a_copy_does_not_resume,
