@@ -81,6 +81,7 @@ ExportImpl::ExportImpl(boost::asio::io_context& io, const ExportOptions& options
                     "count again, unfence it)",
                     options.disk, to_string(ownership_.role), fmt::join(ownership_.uris, " ")));
   } else if (ownership_.role == Role::incoming) {
+    if (source_of(ownership_.migration_id)) incoming_claim_ = ownership_.migration_id;
     log_line(fmt::format("{}: incoming: takes writes only from its migration until promoted",
                          options.disk));
   }
@@ -258,8 +259,22 @@ std::uint32_t ExportImpl::attach(ReplySink& sink, std::string_view migration) {
     // The same source starts anew: what its earlier connections still hold is not to be written.
     incoming_claim_ = migration;
     fence_migrations(incoming_claim_);
+    record_claim();
   }
   return number;
+}
+
+// A restart must not lay open what this source's migration has brought, which after its commit is the
+// only copy that counts.
+void ExportImpl::record_claim() {
+  if (source_of(ownership_.migration_id) == source_of(incoming_claim_)) return;
+  Ownership next = ownership_;
+  next.migration_id = incoming_claim_;
+  write_record(std::move(next), [disk = options_.disk](const std::string& error) {
+    if (error.empty()) return;
+    log_line(fmt::format("{}: if this process ends, another source's migration is taken, too: {}",
+                         disk, error));
+  });
 }
 
 void ExportImpl::detach(std::uint32_t session) { sessions_.erase(session); }
@@ -275,7 +290,14 @@ void ExportImpl::fence_migrations(std::string_view except) {
 bool ExportImpl::knows_migration(std::string_view migration) const {
   const auto source = source_of(migration);
   if (ownership_.role != Role::incoming || !source) return false;
-  return incoming_claim_.empty() || source_of(incoming_claim_) == source;
+  if (incoming_claim_.empty() || source_of(incoming_claim_) == source) return true;
+  if (std::exchange(refused_claim_, migration) != migration) {  // once for all of its connections
+    log_line(fmt::format(
+        "{}: refused a migration: another source's has begun to fill this disk: promote it, or, to "
+        "have it overwritten, stop this process and remove the record {}",
+        options_.disk, record_.path()));
+  }
+  return false;
 }
 
 bool ExportImpl::may_write(std::uint32_t session) const {

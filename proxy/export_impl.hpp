@@ -88,6 +88,7 @@ class ExportImpl final : public Export {
   CommandId remember(CommandHandler done);
   // Writes the record off the loop; then calls done(error text or empty) on it.
   void write_record(Ownership next, std::function<void(std::string)> done);
+  void record_claim();
   void promote(CommandHandler done);
   void unfence(CommandHandler done);
   void fence_migrations(std::string_view except);
@@ -127,6 +128,7 @@ class ExportImpl final : public Export {
   std::uint32_t last_session_ = 0;
   std::unordered_map<std::uint32_t, Session> sessions_;
   std::string incoming_claim_;  // the migration whose writes an incoming disk takes
+  mutable std::string refused_claim_;  // the last other one, so that it is said once
 
   std::uint64_t last_command_ = 0;
   std::unordered_map<CommandId, CommandHandler> commands_;

@@ -385,6 +385,7 @@ CASES = {
     "copies of a released disk": copies_of_a_released_disk,
     "a copy of a pivoted disk": a_copy_of_a_pivoted_disk,
     "a copy does not resume": a_copy_does_not_resume,
+    "another source does not take over": another_source_does_not_take_over,
     "fenced again and again": fenced_again_and_again,
 } | {f"incoming killed at its start ({point})":
      lambda w, p=point: incoming_killed_at_its_start(w, p)
