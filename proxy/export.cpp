@@ -38,12 +38,15 @@ std::unique_ptr<Export> Export::open(boost::asio::io_context& io, const ExportOp
   OwnerRecord record = OwnerRecord::load(place.path, options.disk);
   if (!record.note().empty()) log_line(record.note());
   const Ownership& recorded = record.current();
-  if (options.incoming && recorded.role == Role::owner && recorded.generation != 0) {
-    // A restart with yesterday's command line must not lay a promoted disk open to be overwritten.
-    throw std::runtime_error(fmt::format(
-        "cannot serve {} as incoming: {} records that this disk counts: serve it without "
-        "--incoming, or remove the record to have the disk overwritten",
-        options.disk, record.path()));
+  const bool counts = recorded.role == Role::owner && recorded.generation != 0;
+  if (options.incoming && (counts || recorded.role == Role::pivoted)) {
+    // A restart with yesterday's command line must not lay a promoted disk open to be overwritten,
+    // nor forget where a pivoted one is, and show the guest what was left behind.
+    throw std::runtime_error(
+        fmt::format("cannot serve {} as incoming: {} records that this disk {}: serve it "
+                    "without --incoming, or remove the record to have the disk overwritten",
+                    options.disk, record.path(),
+                    counts ? "counts" : "was pivoted, and is served from its target"));
   }
   if (options.incoming && recorded.role != Role::incoming) {
     Ownership next;

@@ -127,7 +127,7 @@ class ExportImpl final : public Export {
 
   std::uint32_t last_session_ = 0;
   std::unordered_map<std::uint32_t, Session> sessions_;
-  std::string incoming_claim_;  // the migration whose writes an incoming disk takes
+  std::string incoming_claim_;         // the migration whose writes an incoming disk takes
   mutable std::string refused_claim_;  // the last other one, so that it is said once
 
   std::uint64_t last_command_ = 0;
