@@ -75,6 +75,7 @@ struct TargetInfo {
   bool can_trim = false;
   bool can_zero = false;
   bool has_allocation = false;  // base:allocation was negotiated
+  bool incoming = false;        // takes writes from this migration only
   bool fenced = false;          // nothing that older connections of ours hold will be written
   bool proven = false;          // it is the one that it was before our restart
 };

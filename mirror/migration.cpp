@@ -64,6 +64,11 @@ std::string Migration::check_target(const TargetInfo& info) const {
     return "the disk's size is not a multiple of the target's minimum block of " +
            std::to_string(info.block_min) + " bytes";
   }
+  if (ever_up_ && info_.incoming && !info.incoming) {
+    return "the target no longer takes writes from this migration alone: it was promoted "
+           "meanwhile, or "
+           "is another one";
+  }
   if (info.block_min > chunk_size) return "the target's minimum block is larger than 64 KiB";
   if (ever_up_ && info.block_min != info_.block_min) return "the target's minimum block changed";
   if (ever_up_ && info_.can_flush && !info.can_flush) return "the target no longer offers flush";
@@ -84,6 +89,7 @@ void Migration::target_up(const TargetUp& event) {
   flushed_at_ = context_.now;
   if (!ever_up_) {
     ever_up_ = true;
+    sampled_ = true;
     const std::size_t leaves = leaves_base + context_.config.size / chunk_size / chunks_per_leaf;
     map_ = std::make_unique<BlockMap>(
         context_.config.size, std::min<std::size_t>(leaves, context_.config.limits.leaves_max));
@@ -98,10 +104,11 @@ void Migration::target_up(const TargetUp& event) {
     if (start_command_) context_.done(*std::exchange(start_command_, std::nullopt), true);
   } else {
     if (info_.fenced || NBDFERRY_MUTANT(fence_is_assumed)) lift_suspects();
+    sampled_ = info_.proven;  // else it might be another one, at the same place
     context_.notice("the target is back: going on with " + std::to_string(map_->stale_bytes()) +
                     " bytes to copy");
   }
-  if (unproven_ && !sampled_) verifier_.sample(samples());
+  if (!sampled_) verifier_.sample(samples());
   copier_.poke();
 }
 
@@ -125,11 +132,14 @@ void Migration::lift_suspects() {
 // Of what it should hold: what was flushed last, and something from everywhere.
 Ranges Migration::samples() const {
   Ranges out = resume_.recent();
-  const Ranges clean = resume_.clean();
+  Ranges held;
+  map_->for_each_run({0, map_->size()}, [&](ByteRange r, BlockState s) {
+    if (s == BlockState::synced) held.push_back(r);
+  });
   const std::uint64_t step =
-      std::max(chunk_size, total(clean) / samples_max / chunk_size * chunk_size);
+      std::max(chunk_size, total(held) / samples_max / chunk_size * chunk_size);
   std::uint64_t skip = 0;
-  for (const auto& r : clean) {
+  for (const auto& r : held) {
     std::uint64_t at = r.begin + skip;
     for (; at < r.end; at += step) out.push_back({at, std::min(at + chunk_size, r.end)});
     skip = at - r.end;
@@ -139,8 +149,9 @@ Ranges Migration::samples() const {
 
 void Migration::distrust(std::uint64_t at) {
   ++context_.counters.distrusted;
-  report_error("the target does not hold what it held before the restart (at byte " +
-               std::to_string(at) + "): copying everything");
+  report_error(
+      "the target does not hold what it held before it was lost, or we were restarted (at byte " +
+      std::to_string(at) + "): copying everything");
   mark_stale({0, map_->size()}, "the target is not what it was");
   resumed_bytes_ = 0;
   unproven_ = false;
@@ -530,6 +541,10 @@ void Migration::update_in_sync() {
   // A tenth of the downtime limit begins it, so that "in sync" does not mean that a fast path still has
   // much to carry; all of it ends it, so that the phase does not flutter.
   const double limit = in_sync_ ? drain : drain / 10;
+  if (verifier_.sampling()) {
+    in_sync_ = false;
+    return;
+  }
   const bool readable = options_.skip_unreadable || copier_.unreadable_bytes() == 0;
   in_sync_ = readable && suspects_.empty() && (no_debt() || static_cast<double>(debt) <= limit);
 }

@@ -32,7 +32,8 @@ void Migration::mark_stale(ByteRange blocks, const char* why) {
 }
 
 void Migration::classify(GuestOp& op) {
-  if (!map_ || (ended_ && !suspended_)) return;
+  // After the end, too, until the target is let go: a flush that is under way does not cover it.
+  if (!map_ || closed_) return;
   const ByteRange blocks = blocks_of(op.range);
   verifier_.touched(blocks);
   heat_->wrote(blocks);

@@ -39,12 +39,15 @@ std::unique_ptr<Export> Export::open(boost::asio::io_context& io, const ExportOp
   OwnerRecord record = OwnerRecord::load(place.path, options.disk);
   if (!record.note().empty()) log_line(record.note());
   const Ownership& recorded = record.current();
-  if (options.incoming && recorded.role == Role::owner && recorded.generation != 0) {
-    // A restart with yesterday's command line must not lay a promoted disk open to be overwritten.
-    throw std::runtime_error(fmt::format(
-        "cannot serve {} as incoming: {} records that this disk counts: serve it without "
-        "--incoming, or remove the record to have the disk overwritten",
-        options.disk, record.path()));
+  const bool counts = recorded.role == Role::owner && recorded.generation != 0;
+  if (options.incoming && (counts || recorded.role == Role::pivoted)) {
+    // A restart with yesterday's command line must not lay a promoted disk open to be overwritten,
+    // nor forget where a pivoted one is, and show the guest what was left behind.
+    throw std::runtime_error(
+        fmt::format("cannot serve {} as incoming: {} records that this disk {}: serve it "
+                    "without --incoming, or remove the record to have the disk overwritten",
+                    options.disk, record.path(),
+                    counts ? "counts" : "was pivoted, and is served from its target"));
   }
   if (options.incoming && recorded.role != Role::incoming) {
     Ownership next;
@@ -82,6 +85,7 @@ ExportImpl::ExportImpl(boost::asio::io_context& io, const ExportOptions& options
                     "count again, unfence it)",
                     options.disk, to_string(ownership_.role), fmt::join(ownership_.uris, " ")));
   } else if (ownership_.role == Role::incoming) {
+    if (source_of(ownership_.migration_id)) incoming_claim_ = ownership_.migration_id;
     log_line(fmt::format("{}: incoming: takes writes only from its migration until promoted",
                          options.disk));
   }
@@ -279,6 +283,8 @@ void ExportImpl::fence_migrations(const Migrant& except) {
   for (ReplySink* sink : out) sink->fence();
 }
 
+// A restart must not lay open what this source's migration has brought, which after its commit is the
+// only copy that counts; nor say that it holds what is about to be overwritten.
 void ExportImpl::record_claim() {
   if (ownership_.migration_id == incoming_claim_) return;
   claim_pending_ = true;
@@ -301,7 +307,14 @@ void ExportImpl::record_claim() {
 bool ExportImpl::knows_migration(std::string_view migration) const {
   const auto source = source_of(migration);
   if (ownership_.role != Role::incoming || !source) return false;
-  return incoming_claim_.empty() || source_of(incoming_claim_) == source;
+  if (incoming_claim_.empty() || source_of(incoming_claim_) == source) return true;
+  if (std::exchange(refused_claim_, migration) != migration) {  // once for all of its connections
+    log_line(fmt::format(
+        "{}: refused a migration: another source's has begun to fill this disk: promote it, or, to "
+        "have it overwritten, stop this process and remove the record {}",
+        options_.disk, record_.path()));
+  }
+  return false;
 }
 
 bool ExportImpl::holds_migration(std::string_view migration) const {
@@ -453,6 +466,12 @@ void ExportImpl::command(Verb verb, CommandHandler done) {
   if (verb == Verb::unfence) {
     unfence(std::move(done));
     return;
+  }
+  if (verb == Verb::abort) {
+    done = [this, done = std::move(done)](bool ok, const std::string& message) {
+      if (ok) remember_abort();
+      done(ok, message);
+    };
   }
   const CommandId id = remember(std::move(done));
   switch (verb) {

@@ -81,6 +81,7 @@ class ExportImpl final : public Export {
   [[nodiscard]] std::optional<StateFile> create_state() const;
   void save_state();
   void remember_changes(const mirror::Set& changes);
+  void remember_abort();
   void start(MigrateRequest request, CommandHandler done, bool go_on);
 
   [[nodiscard]] Time now() const;
@@ -89,10 +90,10 @@ class ExportImpl final : public Export {
   CommandId remember(CommandHandler done);
   // Writes the record off the loop; then calls done(error text or empty) on it.
   void write_record(Ownership next, std::function<void(std::string)> done);
+  void record_claim();
   void promote(CommandHandler done);
   void unfence(CommandHandler done);
   void fence_migrations(const Migrant& except);
-  void record_claim();
 
   void stop_when_quiet();
   void stop_flushed(IoError error);
@@ -133,6 +134,7 @@ class ExportImpl final : public Export {
   // what it no longer does.
   bool claim_pending_ = false;
   std::vector<mirror::GuestRequest> after_claim_;
+  mutable std::string refused_claim_;  // the last other one, so that it is said once
 
   std::uint64_t last_command_ = 0;
   std::unordered_map<CommandId, CommandHandler> commands_;

@@ -157,6 +157,13 @@ void ExportImpl::remember_changes(const mirror::Set& changes) {
   save_state();
 }
 
+// Nor does a restart switch over by itself.
+void ExportImpl::remember_abort() {
+  request_.options.switch_when = mirror::SwitchWhen::manual;
+  saved_.request = migrate_to_json(request_);
+  save_state();
+}
+
 // It does not go on by itself after a restart.
 void ExportImpl::on(mirror::Ended&&) {
   saved_.running = false;

@@ -236,6 +236,11 @@ void OwnerRecord::read_slots(int fd) {
   if (::fdatasync(fd) != 0) {
     fail(path_, fmt::format("can't be synced: {}", std::strerror(errno)), "check its disk");
   }
+  // So may a first record's name be. Who may not read the folder has made no record in it.
+  if (const int error = sync_directory_of(path_); error != 0 && error != EACCES) {
+    fail(path_, fmt::format("its folder can't be synced: {}", std::strerror(error)),
+         "check its disk");
+  }
   std::array<std::optional<Ownership>, 2> slots;
   for (unsigned i = 0; i < 2; ++i) {
     std::string bytes(slot_bytes, '\0');

@@ -185,6 +185,7 @@ void Connection::learn_offer() {
            nbd_can_meta_context(handle_, private_context(name, value).c_str()) == 1;
   };
   offer_.migration_accepted = accepted("migration", options_.migration_id);
+  info.incoming = offer_.migration_accepted;
   info.fenced = offer_.migration_accepted && accepted("session", options_.session);
   info.proven = offer_.migration_accepted && accepted("holds", options_.migration_id);
 }

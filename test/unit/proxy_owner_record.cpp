@@ -391,6 +391,24 @@ TEST_CASE("a leftover of a crash during creation doesn't matter") {
   CHECK(place.load().current().role == Role::incoming);
 }
 
+TEST_CASE("a first record that was believed survives a power failure") {
+  const auto fs = MountedFs::make("ext4", 32ULL << 20);
+  if (!fs) return;
+  const std::string disk = *fs / "disk.img";
+  const std::string record = disk + ".owner";
+  make_file(disk, 1 << 20);
+  OwnerRecord::load(record, disk).write(with_role(Role::retired));
+  std::filesystem::rename(record, record + ".new");
+  ::sync();
+  // Killed before it synced the folder.
+  std::filesystem::rename(record + ".new", record);
+  REQUIRE(OwnerRecord::load(record, disk).current().role == Role::retired);
+  const auto later = fs->after_power_failure();
+  REQUIRE(later);
+  CHECK(OwnerRecord::load(*later / "disk.img.owner", *later / "disk.img").current().role ==
+        Role::retired);
+}
+
 TEST_CASE("the record lies beside the file, whatever the file is called by") {
   const Place place;
   CHECK(owner_record_place(place.disk).path == place.record);
