@@ -9,7 +9,6 @@
 // migration_target.cpp (what goes to the target, and its answers), copier, verifier, switchover.
 #pragma once
 
-#include <array>
 #include <memory>
 #include <optional>
 #include <string>
@@ -238,9 +237,6 @@ class Migration {
   void mirrored_done(const TargetOp& op, IoError error);
   void flush_done(const TargetOp& op, IoError error);
   void target_failed(const TargetOp& op, IoError error);
-  [[nodiscard]] std::uint32_t& errors_in_row(Command command) {
-    return errors_in_row_.at(static_cast<std::size_t>(command));
-  }
 
   Context& context_;
   GuestOps& guests_;
@@ -308,7 +304,8 @@ class Migration {
   std::optional<OpId> flush_op_;
   bool flush_failed_ = false;  // ever, in this migration
   Time flushed_at_{0};
-  std::array<std::uint32_t, 7> errors_in_row_{};  // of each command
+  std::uint32_t errors_in_row_ = 0;
+  std::uint32_t flush_errors_in_row_ = 0;
   Time retry_at_{0};
   bool throttled_ = false;         // lately: a limit of ours held something back
   std::size_t overwrites_ = 0;     // guest writes on their way that stand for stale blocks, too

@@ -327,7 +327,8 @@ void Migration::target_done(TargetDone&& event) {
   if (event.error != IoError::lost) answered_at_ = context_.now;
   const bool wrote = is_write(op.command);
   if (event.error == IoError::none) {
-    errors_in_row(op.command) = 0;
+    // Writes that are answered well say nothing of a flush that always fails.
+    (op.command == Command::flush ? flush_errors_in_row_ : errors_in_row_) = 0;
     if (wrote) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
@@ -386,8 +387,9 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
   const std::string what = "the target failed to " + std::string(to_string(op.command)) + ": " +
                            std::string(to_string(error));
   last_error_ = what;
-  const std::uint32_t in_row = ++errors_in_row(op.command);
   const bool hopeless = error == IoError::no_space || error == IoError::not_permitted;
+  const bool flush = op.command == Command::flush;
+  const std::uint32_t in_row = ++(flush ? flush_errors_in_row_ : errors_in_row_);
   if (hopeless || in_row >= context_.config.limits.target_errors_max) {
     end(Phase::failed, what);
     return;

@@ -209,7 +209,10 @@ void Pivoted::pump() {
 void Pivoted::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
   if (event.error != IoError::lost) answered_at_ = context_.now;
-  if (event.error == IoError::lost && is_write(op.command) &&
+  // It was not done, and will not be: by the next server, then.
+  const bool leaving = event.error == IoError::shutdown;
+  if (leaving) event.error = IoError::lost;
+  if (event.error == IoError::lost && !leaving && is_write(op.command) &&
       !NBDFERRY_MUTANT(pivot_no_quarantine)) {
     quarantines_.push_back({op.range, context_.now + options_.quarantine});
   }
@@ -226,6 +229,10 @@ void Pivoted::target_done(TargetDone&& event) {
       break;
     default:
       NBDFERRY_ASSERT(false, "an answer of an unknown kind");
+  }
+  if (leaving && link_up_) {
+    target_lost("its server is shutting down");
+    context_.out->emplace_back(CloseTarget{});  // opened again when that is done
   }
 }
 

@@ -197,6 +197,7 @@ void ExportImpl::on(mirror::OpenTarget&&) {
   config.answer_timeout = request_.answer_timeout;
   config.connect_timeout = std::min(config.connect_timeout, config.answer_timeout);
   config.size_wanted = info_.size;
+  config.patient = resuming_;
   config.migration_id = migration_id_;  // and what does it hold of it already?
   target_uris_ = request_.uris;
   target_ =
@@ -442,6 +443,7 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
       return;
     }
     progress_ = 0;
+    resuming_ = false;
     start(std::move(request), std::move(done), go_on);
     return;
   }

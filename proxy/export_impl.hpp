@@ -118,6 +118,7 @@ class ExportImpl final : public Export {
   std::optional<StateFile> next_state_;  // of a migration that waits for the end of another one
   SavedMigration saved_;                 // what state_, or next_state_, says
   bool state_kept_ = false;  // of a migration that has ended: another one may go on from it
+  bool resuming_ = false;    // by itself, after a restart: the target may come later
   bool wrote_ = false;       // to the local disk, since the last beat
 
   std::deque<mirror::Event> events_;

@@ -77,6 +77,7 @@ void ExportImpl::resume(const SavedMigration& saved, bool trusted) {
   const auto report = [disk = options_.disk](bool ok, const std::string& message) {
     if (!ok) log_line(fmt::format("{}: the migration could not go on: {}", disk, message));
   };
+  resuming_ = true;
   start(std::move(request), report, trusted);
 }
 

@@ -291,7 +291,7 @@ void State::on_ended(Connection& connection, const std::string& reason) {
   retry_later(slot);
   const bool certain_left =
       std::any_of(slots_.begin(), slots_.end(), [](const auto& s) { return s->certain; });
-  if (phase_ == Phase::seeking && !was_up_) {
+  if (phase_ == Phase::seeking && !was_up_ && !config_.patient) {
     refuse(reason);
   } else if (phase_ == Phase::up && (!certain_left || (connection.hung() && nobody_answers()))) {
     lost(reason, slot->delay);

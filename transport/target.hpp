@@ -22,6 +22,7 @@ struct TargetConfig {
   unsigned connections = 0;       // 0: chosen (4 with multi-conn, else 1)
   std::uint64_t size_wanted = 0;  // refuse a smaller export
   std::string migration_id;       // asked for as "x-nbdferry:migration=<id>"; empty: not asked
+  bool patient = false;           // the first attempt may fail, too: tried again as after a loss
   Duration connect_timeout = std::chrono::seconds(10);
   // A connection with requests in flight on which nothing moves for so long is given up. Longer than a
   // slow disk's flush, and than a server that stops for a while and goes on.

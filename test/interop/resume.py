@@ -143,11 +143,18 @@ def incoming(rig):
 def stopped(rig):
     """SIGTERM, and the next one goes on: an upgrade. Nothing is in quarantine, little is left."""
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
+    server = rig.scratch.processes[-1]
     rig.serve()
     rig.disk.ok("migrate", *SLOW, uri)
     ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 2, "half of it")
     rig.disk.stop()
+    # The target is there a little later than we are.
+    rig.scratch.stop(server)
+    remove(uri)
     rig.serve()
+    check(rig.disk.status()["phase"] == "connecting", f"it waits: {rig.disk.status()}")
+    time.sleep(0.5)
+    ferry.nbdkit(rig.scratch, "file", rig.target)
     ferry.wait_until(lambda: resumed(rig)["resumed_bytes"] > 0, "the target to be reached")
     status = rig.disk.status()
     check(status["suspects"] == 0, f"nothing was left unanswered: {status}")
@@ -247,6 +254,26 @@ def pivoted(rig):
         check(f.read(65536) == b"\x5a" * 65536, "the write is on the target")
 
 
+def leaving(rig):
+    """A pivoted disk's target says that it shuts down: the guest waits for the next one."""
+    plugin = ("file", rig.target)
+    uri = ferry.nbdkit(rig.scratch, *plugin)
+    server = rig.scratch.processes[-1]
+    rig.serve()
+    rig.disk.ok("migrate", "--connections", "1", "--quarantine", "1s", "--switch", "pivot", "--wait", uri)
+    load = ferry.Load(rig.scratch, rig.disk.uri, rig.image, "--rate", "2000", "--bytes", "4096")
+    for _ in range(3):
+        time.sleep(0.5)
+        rig.scratch.stop(server)
+        remove(uri)
+        ferry.nbdkit(rig.scratch, *plugin)
+        server = rig.scratch.processes[-1]
+    time.sleep(1.5)
+    load.running()
+    load.end()
+    rig.disk.stop()
+
+
 def nowhere(rig):
     """Without a place for the state it says so, and migrates."""
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
@@ -260,8 +287,8 @@ def nowhere(rig):
 def main(case):
     with ferry.Scratch() as scratch, state_directory() as state:
         {f.__name__: f for f in (killed, incoming, stopped, options, touched, replaced, failed, pivoted,
-                                 nowhere)}[case](Rig(scratch, state))
-        check(not os.listdir(state) or case == "pivoted", f"left: {os.listdir(state)}")
+                                 leaving, nowhere)}[case](Rig(scratch, state))
+        check(not os.listdir(state) or case in ("pivoted", "leaving"), f"left: {os.listdir(state)}")
 
 
 if __name__ == "__main__":
