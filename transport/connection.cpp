@@ -36,6 +36,13 @@ constexpr int checks_per_answer_timeout = 4;
 
 constexpr std::uint32_t payload_limit = 32 * 1024 * 1024;  // NBD protocol: portable maximum
 
+// libnbd begins most errors of the handshake with that word, yet not those of the socket.
+std::string handshake_failed(std::string_view why) {
+  constexpr std::string_view prefix = "handshake: ";
+  if (why.starts_with(prefix)) why.remove_prefix(prefix.size());
+  return fmt::format("the NBD handshake failed: {}: {}", why, check_server);
+}
+
 }  // namespace
 
 Connection::Connection(const boost::asio::any_io_executor& executor, ConnectionOptions options,
@@ -143,7 +150,7 @@ std::string Connection::start_handshake(int fd) {
     return last_libnbd_error();
   }
   // From here on the descriptor is libnbd's, even when this fails.
-  if (nbd_aio_connect_socket(handle_, fd) == -1) return last_libnbd_error();
+  if (nbd_aio_connect_socket(handle_, fd) == -1) return handshake_failed(last_libnbd_error());
   return {};
 }
 
@@ -193,11 +200,7 @@ void Connection::learn_offer() {
 std::string Connection::why_dead() const {
   const bool closed = nbd_aio_is_closed(handle_) == 1;
   const auto why = closed ? "the server closed the connection" : last_libnbd_error();
-  if (stage_ != Stage::handshaking) return why;
-  // libnbd begins most errors of the handshake with that word, yet not those of the socket.
-  constexpr std::string_view prefix = "handshake: ";
-  const auto text = std::string_view(why).substr(why.starts_with(prefix) ? prefix.size() : 0);
-  return fmt::format("the NBD handshake failed: {}: {}", text, check_server);
+  return stage_ == Stage::handshaking ? handshake_failed(why) : why;
 }
 
 // --- waiting
