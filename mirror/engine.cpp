@@ -132,6 +132,7 @@ class EngineState {
     } else if (migration_) {
       migration_->target_closed();
     }
+    if (orphan_state_) keep(*std::exchange(orphan_state_, std::nullopt));
     if (queued_start_) start(*std::exchange(queued_start_, std::nullopt));
   }
   void on(RecordWritten&& event);
@@ -237,6 +238,8 @@ class EngineState {
   std::unique_ptr<Migration> migration_;
   std::unique_ptr<Pivoted> pivoted_;
   std::optional<Start> queued_start_;
+  // Of one that was cancelled while it was queued: the edge has put it in the place of the earlier one.
+  std::optional<std::span<std::byte>> orphan_state_;
 };
 
 // --- the guest's requests ---
@@ -431,6 +434,7 @@ void EngineState::on(Start&& event) {
   if (migration_ && !migration_->closed()) {
     // What the earlier one has sent may land late in this one's time.
     keep_beside(event.state);
+    orphan_state_.reset();
     queued_start_ = std::move(event);  // the earlier one's connections are being let go
     return;
   }
@@ -446,6 +450,8 @@ void EngineState::start(const Start& event) {
 void EngineState::on(Cancel&& e) {
   if (queued_start_) {
     context_.done(queued_start_->command, false, "cancelled");
+    orphan_state_ = queued_start_->state;
+    context_.out->emplace_back(Ended{});
     queued_start_.reset();
     context_.done(e.command, true);
     return;

@@ -140,7 +140,7 @@ void ExportImpl::start(MigrateRequest request, CommandHandler done, bool go_on) 
 
 void ExportImpl::save_state() {
   try {
-    if (state_) state_->save(saved_);
+    if (std::optional<StateFile>& state = next_state_ ? next_state_ : state_) state->save(saved_);
   } catch (const std::exception& e) {
     log_line(e.what());
   }
