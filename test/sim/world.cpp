@@ -117,7 +117,6 @@ bool World::may_crash() const {
 void World::crash() {
   cases_.saw(Case::crashed);
   cases_.saw_if(status_.suspect_bytes != 0, Case::crashed_with_suspects);
-  cases_.saw_if(serving_ == Serving::target, Case::crashed_after_pivot);
   count_cases();
   commands_.clear();
   hold_since_.reset();
@@ -126,6 +125,7 @@ void World::crash() {
     switched_over(*record_);
   }
   record_.reset();
+  cases_.saw_if(serving_ == Serving::target, Case::crashed_after_pivot);
   if (!next_state_.empty()) state_ = std::exchange(next_state_, {});
   if (serving_ == Serving::nobody) state_.clear();  // another host writes to the target now
   source_.crash();
