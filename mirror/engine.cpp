@@ -411,7 +411,7 @@ void EngineState::on(Tick&&) {
     migration_->tick();
   } else {
     for (const auto& r : suspects_.expire(context_.now)) {
-      if (!suspects_.any(r)) resume_.settle(r);
+      resume_.settle_but(r, [&](ByteRange chunk) { return suspects_.any(chunk); });
     }
   }
 }

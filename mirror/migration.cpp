@@ -12,8 +12,6 @@ constexpr std::uint64_t chunks_per_leaf = 64;    // … and 14 MiB more per TiB
 constexpr Duration close_wait = std::chrono::seconds(1);
 constexpr Duration fallback_wait_max = std::chrono::minutes(1);
 constexpr Duration silence_max = std::chrono::milliseconds(200);
-constexpr std::uint64_t samples_max = 64;
-constexpr Duration verify_pause = std::chrono::seconds(1);
 
 }  // namespace
 
@@ -66,8 +64,7 @@ std::string Migration::check_target(const TargetInfo& info) const {
   }
   if (ever_up_ && info_.incoming && !info.incoming) {
     return "the target no longer takes writes from this migration alone: it was promoted "
-           "meanwhile, or "
-           "is another one";
+           "meanwhile, or is another one";
   }
   if (info.block_min > chunk_size) return "the target's minimum block is larger than 64 KiB";
   if (ever_up_ && info.block_min != info_.block_min) return "the target's minimum block changed";
@@ -110,51 +107,6 @@ void Migration::target_up(const TargetUp& event) {
   }
   if (!sampled_) verifier_.sample(samples());
   copier_.poke();
-}
-
-// What the process before us left: what was clean is held, what was sent may still land.
-void Migration::adopt() {
-  for (const auto& r : resume_.clean()) map_->set(r, BlockState::synced);
-  resumed_bytes_ = map_->size() - map_->stale_bytes();
-  unproven_ = resumed_bytes_ != 0 && !info_.proven;
-  sampled_ = !unproven_;
-  context_.notice("resumed: the target holds " + std::to_string(resumed_bytes_) + " bytes, " +
-                  std::to_string(map_->stale_bytes()) + " are to be copied");
-}
-
-// What older connections hold will not be written, the target says.
-void Migration::lift_suspects() {
-  suspects_.for_each([&](ByteRange r) { map_->clear_flag(r, ChunkFlag::suspect); });
-  const Suspects lifted = std::exchange(suspects_, {});
-  lifted.for_each([&](ByteRange r) { settle(r); });
-}
-
-// Of what it should hold: what was flushed last, and something from everywhere.
-Ranges Migration::samples() const {
-  Ranges out = resume_.recent();
-  Ranges held;
-  map_->for_each_run({0, map_->size()}, [&](ByteRange r, BlockState s) {
-    if (s == BlockState::synced) held.push_back(r);
-  });
-  const std::uint64_t step =
-      std::max(chunk_size, total(held) / samples_max / chunk_size * chunk_size);
-  std::uint64_t skip = 0;
-  for (const auto& r : held) {
-    std::uint64_t at = r.begin + skip;
-    for (; at < r.end; at += step) out.push_back({at, std::min(at + chunk_size, r.end)});
-    skip = at - r.end;
-  }
-  return out;
-}
-
-void Migration::distrust(std::uint64_t at) {
-  ++context_.counters.distrusted;
-  report_error(
-      "the target does not hold what it held before it was lost, or we were restarted (at byte " +
-      std::to_string(at) + "): copying everything");
-  mark_stale({0, map_->size()}, "the target is not what it was");
-  resumed_bytes_ = 0;
-  unproven_ = false;
 }
 
 void Migration::target_window(const TargetWindow& event) {
@@ -295,45 +247,6 @@ void Migration::suspend() {
   if (switchover_.decided()) return;
   suspended_ = true;
   end(Phase::cancelled, {});
-}
-
-void Migration::verify(const Verify& event) {
-  if (!event.acknowledge) {
-    verifier_.start(event.command);
-    return;
-  }
-  differing_bytes_ = 0;
-  context_.done(event.command, true);
-}
-
-void Migration::verification_ended(std::uint64_t differing, bool complete) {
-  differing_bytes_ += differing;
-  verified_ = complete && differing == 0;
-  verify_at_ = context_.now + verify_pause;
-}
-
-// What was asked for, or what a switchover by itself needs after a restart.
-void Migration::maybe_verify() {
-  const bool wanted = options_.verify || (unsure() && options_.switch_when != SwitchWhen::manual);
-  if (!wanted || verified_ || differing_bytes_ != 0 || !in_sync_ || verifier_.running() ||
-      context_.now < verify_at_ || switchover_.state() != Switchover::State::none) {
-    return;
-  }
-  verifier_.start(std::nullopt);
-}
-
-std::string Migration::doubt() const {
-  if (differing_bytes_ != 0) {
-    return "a verification found " + std::to_string(differing_bytes_) +
-           " bytes that differed, and sent them again: find out why, then acknowledge it (verify "
-           "--acknowledge)";
-  }
-  if (options_.verify && !verified_) return "not verified yet (--verify): it will be, once in sync";
-  if (unsure() && !NBDFERRY_MUTANT(resume_never_doubts)) {
-    return "after a restart this target can't prove that it is what it was: verify first (or "
-           "migrate with --trust-target)";
-  }
-  return {};
 }
 
 void Migration::set(const Set& event) {
@@ -614,9 +527,7 @@ void Migration::report(Status& s) const {
   s.holding = holds_writes();
   s.bytes_per_second = rate_.bytes_per_second();
   s.new_bytes_per_second = new_debt_.bytes_per_second();
-  Time asked = context_.now;
-  in_flight_.for_each([&](const TargetOp& op) { asked = std::min(asked, op.sent_at); });
-  s.target_silent = context_.now - std::max(asked, answered_at_);
+  s.target_silent = in_flight_.silence(context_.now, answered_at_);
   s.pacing_delay = pacing_delay();
   if (deadline_.given()) s.deadline_left = deadline_.left(context_.now);
   s.needed_bytes_per_second = deadline_.needed(s.stale_bytes + s.copying_bytes, context_.now);

@@ -6,7 +6,8 @@
 // unsent data, its copy under way and its claim on writes in progress, all at once (rule 6).
 //
 // Files: migration.cpp (life cycle, phases), migration_guest.cpp (guest writes: classify, mirror),
-// migration_target.cpp (what goes to the target, and its answers), copier, verifier, switchover.
+// migration_target.cpp (what goes to the target, and its answers), migration_trust.cpp (what it is
+// believed to hold), copier, verifier, switchover.
 #pragma once
 
 #include <memory>

@@ -266,60 +266,6 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
   switchover_.flushed(op.id, good);
 }
 
-// Of a flush that went well: what a restart may take for granted. Not what has been written since, or is
-// about to be.
-void Migration::trust_flushed(ByteRange run) {
-  if (!resume_.kept()) return;
-  const auto whole_chunks = [&](ByteRange r) {
-    ByteRange whole = r.narrowed(chunk_size);
-    if (r.end == map_->size()) whole.end = r.end;
-    return whole;
-  };
-  map_->for_each_run(run, [&](ByteRange r, BlockState state) {
-    if (state != BlockState::synced && !NBDFERRY_MUTANT(resume_trusts_stale)) return;
-    map_->for_each_flag_run(whole_chunks(r), unflushed_.flag(), [&](ByteRange part, bool later) {
-      if (!later || NBDFERRY_MUTANT(resume_trusts_later_writes)) trust_idle(part);
-    });
-  });
-}
-
-void Migration::trust_idle(ByteRange chunks) {
-  const auto busy = [&](ByteRange r) {
-    if (NBDFERRY_MUTANT(resume_trusts_queued)) return false;
-    bool running = false;
-    guests_.for_each_running(r, [&](GuestOp&) { running = true; });
-    return running || queue_.overlaps(r) || in_flight_.writes_in(r);
-  };
-  if (!busy(chunks)) {
-    resume_.trust(chunks);
-    return;
-  }
-  if (chunks.length() <= chunk_size) return;
-  // What is busy is rare in what is long.
-  const std::uint64_t middle = chunks.begin + chunks.length() / 2 / chunk_size * chunk_size;
-  trust_idle({chunks.begin, std::max(middle, chunks.begin + chunk_size)});
-  trust_idle({std::max(middle, chunks.begin + chunk_size), chunks.end});
-}
-
-// No write of it is unanswered: none of the same chunks is in flight, or was lost lately.
-void Migration::settle(ByteRange range) {
-  if (!resume_.kept()) return;
-  if (!map_) {
-    if (!suspects_.any(range.widened(chunk_size))) resume_.settle(range);
-    return;
-  }
-  const ByteRange chunks = range.widened(chunk_size).intersect({0, map_->size()});
-  map_->for_each_flag_run(chunks, ChunkFlag::suspect, [&](ByteRange run, bool suspect) {
-    if (suspect && !NBDFERRY_MUTANT(resume_settles_suspects)) return;
-    // Beside whole chunks only those at the ends may have anything else.
-    const ByteRange first{run.begin, std::min(run.begin + chunk_size, run.end)};
-    const ByteRange last{std::max(first.end, (run.end - 1) / chunk_size * chunk_size), run.end};
-    if (!in_flight_.writes_in(first)) resume_.settle(first);
-    if (first.end < last.begin) resume_.settle({first.end, last.begin});
-    if (!last.empty() && !in_flight_.writes_in(last)) resume_.settle(last);
-  });
-}
-
 void Migration::target_done(TargetDone&& event) {
   const TargetOp op = in_flight_.remove(event.id);
   queue_.unpark(op.id);

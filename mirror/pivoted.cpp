@@ -49,12 +49,8 @@ Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
 }
 
 void Pivoted::settle(ByteRange range) {
-  if (!resume_.kept()) return;
-  const std::uint64_t size = context_.config.size;
-  for (std::uint64_t at = range.begin / chunk_size * chunk_size; at < range.end; at += chunk_size) {
-    const ByteRange chunk{at, std::min(at + chunk_size, size)};
-    if (!in_flight_.writes_in(chunk) && !in_quarantine(chunk)) resume_.settle(chunk);
-  }
+  resume_.settle_but(
+      range, [&](ByteRange chunk) { return in_flight_.writes_in(chunk) || in_quarantine(chunk); });
 }
 
 // --- requests ---
@@ -519,9 +515,7 @@ void Pivoted::report(Status& s) const {
   s.phase = Phase::switched;
   s.buffered_bytes = retained_bytes_;
   s.last_error = last_error_;
-  Time asked = context_.now;
-  in_flight_.for_each([&](const TargetOp& op) { asked = std::min(asked, op.sent_at); });
-  s.target_silent = context_.now - std::max(asked, answered_at_);
+  s.target_silent = in_flight_.silence(context_.now, answered_at_);
   std::uint64_t suspect = 0;
   for (const auto& q : quarantines_) suspect += q.range.length();
   s.suspect_bytes = suspect;

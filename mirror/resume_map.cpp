@@ -70,39 +70,20 @@ void ResumeMap::trust(ByteRange chunks) {
 }
 
 bool ResumeMap::is_clean(ByteRange range) const {
-  if (!kept()) return false;
-  for (std::uint64_t c = range.begin / chunk_size; c < chunks_in(range.end); ++c) {
-    if ((words_[clean_at() + c / word_bits] >> (c % word_bits) & 1) == 0) return false;
-  }
-  return true;
+  return kept() && next(clean_at(), range.begin / chunk_size, false) >= chunks_in(range.end);
 }
 
-Ranges ResumeMap::runs(std::size_t at) const {
-  Ranges out;
-  if (!kept()) return out;
+std::uint64_t ResumeMap::next(std::size_t at, std::uint64_t chunk, bool on) const {
   const std::uint64_t chunks = chunks_in(size_);
-  const auto add = [&](std::uint64_t first, std::uint64_t end) {
-    const ByteRange r{first * chunk_size, std::min(end * chunk_size, size_)};
-    if (!out.empty() && out.back().end == r.begin) {
-      out.back().end = r.end;
-    } else {
-      out.push_back(r);
+  while (chunk < chunks) {
+    const std::uint64_t word = words_[at + chunk / word_bits];
+    const std::uint64_t found = (on ? word : ~word) >> (chunk % word_bits);
+    if (found != 0) {
+      return std::min(chunks, chunk + static_cast<std::uint64_t>(std::countr_zero(found)));
     }
-  };
-  for (std::uint64_t base = 0; base < chunks; base += word_bits) {
-    std::uint64_t word = words_[at + base / word_bits];
-    if (chunks - base < word_bits) word &= (std::uint64_t{1} << (chunks - base)) - 1;
-    for (std::uint64_t bit = 0; word != 0;) {
-      const auto zeroes = static_cast<std::uint64_t>(std::countr_zero(word));
-      word >>= zeroes;
-      bit += zeroes;
-      const auto ones = static_cast<std::uint64_t>(std::countr_one(word));
-      add(base + bit, base + bit + ones);
-      word = ones == word_bits ? 0 : word >> ones;
-      bit += ones;
-    }
+    chunk = (chunk / word_bits + 1) * word_bits;
   }
-  return out;
+  return chunks;
 }
 
 Ranges ResumeMap::recent() const {

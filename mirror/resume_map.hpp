@@ -39,11 +39,28 @@ class ResumeMap {
   void send(ByteRange range);     // a write of it is about to be sent to the target
   void settle(ByteRange chunks);  // no write of these is unanswered
   void trust(ByteRange chunks);   // the target holds these
+  // Settles the chunks that `range` touches and for which `unsettled` does not hold.
+  template <typename Unsettled>
+  void settle_but(ByteRange range, Unsettled&& unsettled) {
+    if (!kept()) return;
+    range = range.widened(chunk_size).intersect({0, size_});
+    for (std::uint64_t at = range.begin; at < range.end; at += chunk_size) {
+      const ByteRange chunk{at, std::min(at + chunk_size, range.end)};
+      if (!unsettled(chunk)) settle(chunk);
+    }
+  }
 
   [[nodiscard]] bool is_clean(ByteRange range) const;
-  // Runs of chunks, in order; the last ends with the disk.
-  [[nodiscard]] Ranges clean() const { return runs(clean_at()); }
-  [[nodiscard]] Ranges sent() const { return runs(sent_at()); }
+  // f(run of chunks), in order; the last ends with the disk.
+  template <typename F>
+  void for_each_clean(F&& f) const {
+    for_each_run(clean_at(), f);
+  }
+  [[nodiscard]] Ranges sent() const {
+    Ranges out;
+    for_each_run(sent_at(), [&](ByteRange run) { out.push_back(run); });
+    return out;
+  }
   // Chunks that became clean lately, and are.
   [[nodiscard]] Ranges recent() const;
 
@@ -53,10 +70,23 @@ class ResumeMap {
   [[nodiscard]] std::size_t clean_at() const { return recent_max + 1; }
   [[nodiscard]] std::size_t sent_at() const { return clean_at() + words_for(size_); }
   void set(std::size_t at, ByteRange range, bool on);
-  [[nodiscard]] Ranges runs(std::size_t at) const;
+  template <typename F>
+  void for_each_run(std::size_t at, F&& f) const;
+  // The first chunk from `chunk` on whose bit is `on`, or the end of the disk's.
+  [[nodiscard]] std::uint64_t next(std::size_t at, std::uint64_t chunk, bool on) const;
 
   std::span<std::uint64_t> words_;  // how many were recent; those; clean; sent
   std::uint64_t size_ = 0;
 };
+
+template <typename F>
+void ResumeMap::for_each_run(std::size_t at, F&& f) const {
+  if (!kept()) return;
+  for (std::uint64_t begin = next(at, 0, true); begin * chunk_size < size_;) {
+    const std::uint64_t end = next(at, begin, false);
+    f(ByteRange{begin * chunk_size, std::min(end * chunk_size, size_)});
+    begin = next(at, end, true);
+  }
+}
 
 }  // namespace nbdferry::mirror

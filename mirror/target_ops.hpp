@@ -59,6 +59,13 @@ class TargetOps {
   [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_bytes_; }
   [[nodiscard]] std::size_t debts() const { return debts_; }
 
+  // So long nothing has been answered, though it was asked; `answered`: when something was, last.
+  [[nodiscard]] Duration silence(Time now, Time answered) const {
+    Time asked = now;
+    for (const auto& [id, op] : ops_) asked = std::min(asked, op.sent_at);
+    return now - std::max(asked, answered);
+  }
+
   void check_invariants() const;
 
  private:

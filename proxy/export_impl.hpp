@@ -80,6 +80,7 @@ class ExportImpl final : public Export {
   [[nodiscard]] bool goes_on(const MigrateRequest& request) const;
   [[nodiscard]] std::optional<StateFile> create_state() const;
   void save_state();
+  void save_request();
   void remember_changes(const mirror::Set& changes);
   void remember_abort();
   void start(MigrateRequest request, CommandHandler done, bool go_on);

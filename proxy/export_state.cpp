@@ -154,13 +154,16 @@ void ExportImpl::remember_changes(const mirror::Set& changes) {
   options.buffer_bytes = changes.buffer_bytes.value_or(options.buffer_bytes);
   options.max_delay = changes.max_delay.value_or(options.max_delay);
   options.downtime_limit = changes.downtime_limit.value_or(options.downtime_limit);
-  saved_.request = migrate_to_json(request_);
-  save_state();
+  save_request();
 }
 
 // Nor does a restart switch over by itself.
 void ExportImpl::remember_abort() {
   request_.options.switch_when = mirror::SwitchWhen::manual;
+  save_request();
+}
+
+void ExportImpl::save_request() {
   saved_.request = migrate_to_json(request_);
   save_state();
 }

@@ -269,7 +269,7 @@ void Handshake::answer_structured_reply(std::span<const std::byte> data) {
 // LIST_META_CONTEXT and SET_META_CONTEXT.
 void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
   if (set) {
-    forget_contexts();
+    negotiated_.contexts = {};
     contexts_of_ = nullptr;
   }
   if (!negotiated_.structured_replies) {
@@ -279,7 +279,7 @@ void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
   const auto name = fields.text(fields.number<std::uint32_t>());
   const auto queries = fields.number<std::uint32_t>();
   Front* front = find(name);
-  Negotiated selected;
+  Contexts selected;
   for (std::uint32_t i = 0; i < queries && fields.good(); ++i) {
     const auto query = fields.text(fields.number<std::uint32_t>());
     if (fields.good() && front != nullptr) select(query, *front, set, selected);
@@ -304,16 +304,13 @@ void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
   reply_value(holds_context_id, holds_prefix, selected.holds);
   reply(OptionReply::ack);
   if (!set) return;
-  negotiated_.allocation = selected.allocation;
-  negotiated_.migration = std::move(selected.migration);
-  negotiated_.session = std::move(selected.session);
-  negotiated_.holds = std::move(selected.holds);
+  negotiated_.contexts = std::move(selected);
   contexts_of_ = front;
 }
 
 // Adds what `query` finds; namespaces and names that we don't know find nothing.
 void Handshake::select(std::string_view query, const Front& front, bool set,
-                       Negotiated& selected) const {
+                       Contexts& selected) const {
   if (query == allocation_context || (query == "base:" && !set)) selected.allocation = true;
   if (query.starts_with(migration_prefix)) {
     const auto value = query.substr(migration_prefix.size());
@@ -330,17 +327,8 @@ void Handshake::select(std::string_view query, const Front& front, bool set,
   }
 }
 
-void Handshake::forget_contexts() {
-  negotiated_.allocation = false;
-  negotiated_.migration.clear();
-  negotiated_.session.clear();
-  negotiated_.holds.clear();
-}
-
 void Handshake::enter_transmission(Front& front) {
-  if (contexts_of_ != &front) {
-    forget_contexts();
-  }
+  if (contexts_of_ != &front) negotiated_.contexts = {};
   negotiated_.front = &front;
   state_ = State::transmission;
 }

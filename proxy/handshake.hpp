@@ -22,13 +22,16 @@
 namespace nbdferry::proxy {
 
 // What a client and we have agreed on.
-struct Negotiated {
-  Front* front = nullptr;
-  bool structured_replies = false;
+struct Contexts {
   bool allocation = false;  // base:allocation was selected
   std::string migration;    // value of x-nbdferry:migration=…, if it was selected
   std::string session;      // likewise, of x-nbdferry:session=…; only of a migration
   std::string holds;        // likewise, of x-nbdferry:holds=…
+};
+struct Negotiated {
+  Front* front = nullptr;
+  bool structured_replies = false;
+  Contexts contexts;
 };
 
 // Context ids in BLOCK_STATUS replies.
@@ -73,8 +76,7 @@ class Handshake {
   void answer_info(std::span<const std::byte> data, bool go);
   void answer_structured_reply(std::span<const std::byte> data);
   void answer_meta_context(std::span<const std::byte> data, bool set);
-  void select(std::string_view query, const Front& front, bool set, Negotiated& selected) const;
-  void forget_contexts();
+  void select(std::string_view query, const Front& front, bool set, Contexts& selected) const;
   void enter_transmission(Front& front);
   [[nodiscard]] Front* find(std::string_view name) const;
   void reply(nbd::OptionReply type, std::span<const std::byte> data = {});

@@ -165,13 +165,14 @@ void Session::enter_transmission() {
   const Negotiated& negotiated = handshake_.negotiated();
   phase_ = Phase::transmission;
   front_ = negotiated.front;
-  allocation_ = negotiated.allocation;
-  if (!negotiated.migration.empty()) private_contexts_.push_back(migration_context_id);
-  if (!negotiated.session.empty()) private_contexts_.push_back(session_context_id);
-  if (!negotiated.holds.empty()) private_contexts_.push_back(holds_context_id);
+  const Contexts& contexts = negotiated.contexts;
+  allocation_ = contexts.allocation;
+  if (!contexts.migration.empty()) private_contexts_.push_back(migration_context_id);
+  if (!contexts.session.empty()) private_contexts_.push_back(session_context_id);
+  if (!contexts.holds.empty()) private_contexts_.push_back(holds_context_id);
   rights_.structured_replies = negotiated.structured_replies;
   rights_.block_status = allocation_ || !private_contexts_.empty();
-  number_ = front_->attach(*this, {negotiated.migration, negotiated.session});
+  number_ = front_->attach(*this, {contexts.migration, contexts.session});
 }
 
 void Session::parse_requests() {

@@ -191,10 +191,9 @@ void Connection::learn_offer() {
     return !options_.migration_id.empty() &&
            nbd_can_meta_context(handle_, private_context(name, value).c_str()) == 1;
   };
-  offer_.migration_accepted = accepted("migration", options_.migration_id);
-  info.incoming = offer_.migration_accepted;
-  info.fenced = offer_.migration_accepted && accepted("session", options_.session);
-  info.proven = offer_.migration_accepted && accepted("holds", options_.migration_id);
+  info.incoming = accepted("migration", options_.migration_id);
+  info.fenced = info.incoming && accepted("session", options_.session);
+  info.proven = info.incoming && accepted("holds", options_.migration_id);
 }
 
 std::string Connection::why_dead() const {

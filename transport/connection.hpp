@@ -42,7 +42,6 @@ struct Offer {
   mirror::TargetInfo info;
   bool multi_conn = false;
   bool can_fast_zero = false;
-  bool migration_accepted = false;
 };
 
 struct Answer {

@@ -453,7 +453,7 @@ PathState State::path() const {
                                                      : "down";
   out.sent_bytes = sent_bytes_;
   out.rtt_us = static_cast<std::uint64_t>(latency_.count() / 1000);
-  out.nbdferry = offer_.migration_accepted;
+  out.nbdferry = offer_.info.incoming;
   return out;
 }
 
