@@ -287,21 +287,22 @@ void ExportImpl::fence_migrations(const Migrant& except) {
 // A restart must not lay open what this source's migration has brought, which after its commit is the
 // only copy that counts; nor say that it holds what is about to be overwritten.
 void ExportImpl::record_claim() {
-  if (ownership_.migration_id == incoming_claim_) return;
+  // One that is being written looks again when it is.
+  if (claim_pending_ || ownership_.migration_id == incoming_claim_) return;
   claim_pending_ = true;
   Ownership next = ownership_;
   next.migration_id = incoming_claim_;
   write_record(std::move(next), [this](const std::string& error) {
     claim_pending_ = false;
-    const auto waiting = std::exchange(after_claim_, {});
     if (!error.empty()) {
       log_line(fmt::format("{}: a migration is refused: {}", options_.disk, error));
       incoming_claim_.clear();
+      after_claim_.clear();
       fence_migrations({});
       return;
     }
-    for (auto request : waiting) post(std::move(request));
-    if (ownership_.migration_id != incoming_claim_) record_claim();  // replaced meanwhile
+    if (ownership_.migration_id != incoming_claim_) return record_claim();  // replaced meanwhile
+    for (auto& request : std::exchange(after_claim_, {})) post(std::move(request));
   });
 }
 
@@ -332,7 +333,8 @@ bool ExportImpl::may_write(std::uint32_t session) const {
 
 void ExportImpl::submit(mirror::GuestRequest&& request) {
   meter_.count(request.command, request.range.length(), now());
-  if (claim_pending_) {
+  const auto session = sessions_.find(session_of(request.id));
+  if (claim_pending_ && session != sessions_.end() && !session->second.migration.empty()) {
     after_claim_.push_back(std::move(request));
     return;
   }
