@@ -3,11 +3,11 @@ errors it got, and keeps a shadow. What a failed write has left is read, since i
 import contextlib
 import errno
 import random
-import socket
 import struct
 import threading
 import time
 
+import nbd
 from ferry import check
 
 READ, WRITE, ZEROES, FLUSH = 0, 1, 6, 3
@@ -25,29 +25,18 @@ class Guest:
         self.wrong = []
         self.writes, self.longest = 0, 0.0
         self.released = self.over = False
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(20)
-        self.socket.connect(path)
-        self.receive(18)
-        self.socket.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 1, 0))
-        size, _flags = struct.unpack(">QH", self.receive(10))
+        self.socket, size = nbd.dial(path, 20)
         check(size == len(shadow), "the shadow is as large as the disk")
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def receive(self, length):
-        data = bytearray()
-        while len(data) < length:
-            piece = self.socket.recv(length - len(data))
-            if not piece:
-                raise ConnectionError("the server hung up")
-            data += piece
-        return bytes(data)
+        return nbd.receive(self.socket, length)
 
     def request(self, command, offset=0, length=0, data=b""):
         """(error, what was read); waits for the answer."""
         begun = time.monotonic()
-        self.socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, command, 7, offset, length) + data)
+        self.socket.sendall(nbd.request(command, 7, offset, length, data))
         _magic, error, _cookie = struct.unpack(">IIQ", self.receive(16))
         got = self.receive(length) if command == READ and error == 0 else b""
         self.longest = max(self.longest, time.monotonic() - begun)

@@ -393,7 +393,7 @@ def fenced_again_and_again(world):
     check(generations == [2, 4], f"generations: {generations}")
 
 
-# --- not held yet: run by name, not by ctest --------------------------------------------------------
+# --- a target that is not what it was -------------------------------------------------------------
 
 def replaced_target(world):
     """While the source lives, the target comes back with another disk: what was copied is not there."""
@@ -424,11 +424,6 @@ def promoted_too_early(world):
     check(status["mirrored_bytes"] == before, f"it still writes to the owner's disk: {status}")
 
 
-NOT_HELD_YET = {
-    "replaced target": replaced_target,
-    "promoted too early": promoted_too_early,
-}
-
 CASES = {
     "released stays released": released_stays_released,
     "promoted is not laid open": promoted_is_not_laid_open,
@@ -444,6 +439,8 @@ CASES = {
     "a copy does not resume": a_copy_does_not_resume,
     "another source does not take over": another_source_does_not_take_over,
     "fenced again and again": fenced_again_and_again,
+    "replaced target": replaced_target,
+    "promoted too early": promoted_too_early,
 } | {f"incoming killed at its start ({point})":
      lambda w, p=point: incoming_killed_at_its_start(w, p)
      for point in (*switchover.FIRST, *switchover.LATER)}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Somebody dies at every step of a switchover, and whose disk it is afterwards.
 
-usage: switchover.py release|pivot|ownership|not-held-yet [CASE]...     switchover.py --list
+usage: switchover.py release|pivot|ownership [CASE]...     switchover.py --list
 
 Each case of a sweep is (who dies, at which step). What died is started again with its old command
 line, the operator repeats the command until it succeeds, and then:
@@ -381,7 +381,7 @@ def groups():
     import ownership  # which needs this file
     all_groups = {kind: {case.name: lambda w, c=case: run_sweep_case(c, w) for case in sweep(kind)}
                   for kind in ("release", "pivot")}
-    return all_groups | {"ownership": ownership.CASES, "not-held-yet": ownership.NOT_HELD_YET}
+    return all_groups | {"ownership": ownership.CASES}
 
 
 def main(group, *names):

@@ -9,6 +9,7 @@ import threading
 import time
 
 import guest
+import nbd
 from ferry import check
 from guest import BLOCK, FLUSH, READ, WRITE
 
@@ -27,12 +28,7 @@ class Witness(guest.Guest):
 
     def connect(self):
         self.released = self.over = False
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(30)
-        self.socket.connect(self.path)
-        self.receive(18)
-        self.socket.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 1, 0))
-        self.receive(10)
+        self.socket, _size = nbd.dial(self.path, 30)
 
     def begin(self):
         """Goes on, perhaps after the server's end: what was left open is looked at first."""

@@ -47,11 +47,16 @@ class Rig:
 
     def migrate_half(self, uri, *options):
         """Starts it under load, and returns when most is there, and has been flushed once (5 s)."""
-        self.disk.ok("migrate", "--bandwidth", "12M", "--quarantine", "3s", *options, uri)
         load = self.load()
-        ferry.wait_until(lambda: self.disk.status()["copied_bytes"] > SIZE * 3 // 4, "most of it")
+        self.migrate_to(3 / 4, uri, "--bandwidth", "12M", "--quarantine", "3s", *options)
         load.running()
         return load
+
+    def migrate_to(self, part, uri, *options):
+        """Starts it, and returns when this part of the disk is there."""
+        self.disk.ok("migrate", *options, uri)
+        ferry.wait_until(lambda: self.disk.status()["copied_bytes"] > SIZE * part,
+                         f"{part} of it to be copied")
 
     def load(self):
         return ferry.Load(self.scratch, self.disk.uri, self.image, "--rate", "40", "--bytes", "4096",
@@ -115,9 +120,8 @@ def incoming(rig):
     options = ("--incoming", "--create", str(SIZE), "--state", rig.state)
     there = ferry.Ferry(rig.scratch, rig.target, *options, name="there")
     rig.serve()
-    rig.disk.ok("migrate", "--bandwidth", "12M", "--quarantine", "600s", there.uri)
     load = rig.load()
-    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE * 3 // 4, "most of it")
+    rig.migrate_to(3 / 4, there.uri, "--bandwidth", "12M", "--quarantine", "600s")
     rig.kill(load)
     rig.serve()
     ferry.wait_until(lambda: resumed(rig)["resumed_bytes"] > 0, "the target to be reached")
@@ -145,8 +149,7 @@ def stopped(rig):
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
     server = rig.scratch.processes[-1]
     rig.serve()
-    rig.disk.ok("migrate", *SLOW, uri)
-    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 2, "half of it")
+    rig.migrate_to(1 / 2, uri, *SLOW)
     rig.disk.stop()
     # The target is there a little later than we are.
     rig.scratch.stop(server)
@@ -180,8 +183,7 @@ def touched(rig):
     """Somebody wrote to the disk meanwhile: nothing is believed, everything is copied."""
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
     rig.serve()
-    rig.disk.ok("migrate", *SLOW, uri)
-    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 2, "half of it")
+    rig.migrate_to(1 / 2, uri, *SLOW)
     rig.kill()
     time.sleep(1.2)
     with open(rig.image, "r+b") as f:
@@ -198,8 +200,7 @@ def replaced(rig):
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
     server = rig.scratch.processes[-1]
     rig.serve()
-    rig.disk.ok("migrate", *SLOW, uri)
-    ferry.wait_until(lambda: rig.disk.status()["copied_bytes"] > SIZE // 2, "half of it")
+    rig.migrate_to(1 / 2, uri, *SLOW)
     rig.disk.stop()
     rig.scratch.stop(server)
     remove(uri)

@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 
+import nbd
 from ferry import check, wait_until
 
 READ, WRITE, FLUSH, TRIM, ZEROES = 0, 1, 3, 4, 6
@@ -163,8 +164,8 @@ class Guest:
             self.send(self.cookie, slot)
 
     def send(self, cookie, slot):
-        self.socket.sendall(struct.pack(">IHHQQI", 0x25609513, slot.flags, slot.command, cookie,
-                                        slot.offset, slot.length) + slot.data)
+        self.socket.sendall(nbd.request(slot.command, cookie, slot.offset, slot.length, slot.data,
+                                        slot.flags))
 
     def settle(self, cookie, data):
         slot = self.pending.pop(cookie)
@@ -196,21 +197,10 @@ class Guest:
     # --- the connection ---
 
     def receive(self, length):
-        data = bytearray()
-        while len(data) < length:
-            piece = self.socket.recv(length - len(data))
-            if not piece:
-                raise ConnectionError("the server hung up")
-            data += piece
-        return bytes(data)
+        return nbd.receive(self.socket, length)
 
     def connect(self):
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(ANSWER_SECONDS)
-        self.socket.connect(self.place)
-        self.receive(18)
-        self.socket.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 1, 0))
-        size, _flags = struct.unpack(">QH", self.receive(10))
+        self.socket, size = nbd.dial(self.place, ANSWER_SECONDS)
         if size != self.size:
             self.wrong.append(f"the disk has {size} bytes now")
         self.counts["connections"] += 1

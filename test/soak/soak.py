@@ -355,10 +355,7 @@ class Soak:
         for _ in range(self.dice.randrange(4)):
             self.sleep(self.dice.uniform(0.05, 1))
             kinds = [self.kill_source, self.kill_target, self.cut, self.stall, self.freeze_source,
-                     self.freeze_target, self.restart_source, self.drop_guest]
-            # FIXME: nbdkit answers ESHUTDOWN while it ends; nbdferry hands that on to the guest.
-            if there.kind != "nbdkit":
-                kinds.append(self.restart_target)
+                     self.freeze_target, self.restart_source, self.restart_target, self.drop_guest]
             self.counted(self.dice.choice(kinds), here, there)
             self.faults["after a pivot"] += 1
             self.settle(here)

@@ -20,6 +20,29 @@ transport::TargetConfig config_for(const Listener& listener,
   return config;
 }
 
+// A target that is up, with both of its connections.
+struct TwoConnections {
+  using Change = std::function<void(transport::TargetConfig&)>;
+  explicit TwoConnections(const Change& change = [](auto&) {})
+      : d([&] {
+          auto config = config_for(listener);
+          config.connections = 2;
+          change(config);
+          return config;
+        }()) {
+    d.target->open();
+    first = d.accept(listener);
+    first->send_hello(mib, flags_multi);
+    second = d.accept(listener);
+    second->send_hello(mib, flags_multi);
+    REQUIRE(d.until([&] { return d.connections() == 2; }));
+  }
+  Listener listener;
+  Driver d;
+  std::unique_ptr<Peer> first;
+  std::unique_ptr<Peer> second;
+};
+
 }  // namespace
 
 TEST_CASE("a peer that isn't NBD is refused") {
@@ -81,17 +104,8 @@ TEST_CASE("a peer that hangs with requests in flight is given up, and a slow one
 }
 
 TEST_CASE("a hang costs one connection, or all when none answers") {
-  Listener listener;
-  auto config = config_for(listener);
-  config.connections = 2;
-  config.answer_timeout = 400ms;
-  Driver d(config);
-  d.target->open();
-  auto first = d.accept(listener);
-  first->send_hello(mib, flags_multi);
-  auto second = d.accept(listener);
-  second->send_hello(mib, flags_multi);
-  REQUIRE(d.until([&] { return d.connections() == 2; }));
+  TwoConnections two([](auto& config) { config.answer_timeout = 400ms; });
+  auto& [listener, d, first, second] = two;
 
   // The first vouches for the second; then it hangs.
   (void)d.write(0, 4096, 'a');
@@ -228,16 +242,8 @@ TEST_CASE("a loss closes the window first, and is said when even late operations
 }
 
 TEST_CASE("one connection of several is replaced: its operations are lost, the others go on") {
-  Listener listener;
-  auto config = config_for(listener);
-  config.connections = 2;
-  Driver d(config);
-  d.target->open();
-  auto first = d.accept(listener);
-  first->send_hello(mib, flags_multi);
-  auto second = d.accept(listener);
-  second->send_hello(mib, flags_multi);
-  REQUIRE(d.until([&] { return d.connections() == 2; }));
+  TwoConnections two;
+  auto& [listener, d, first, second] = two;
   const auto window = d.window_ops;
 
   // Least in flight first: one each.
@@ -262,16 +268,8 @@ TEST_CASE("one connection of several is replaced: its operations are lost, the o
 }
 
 TEST_CASE("all connections reset at once: who asks again at each loss is not answered for ever") {
-  Listener listener;
-  auto config = config_for(listener);
-  config.connections = 2;
-  Driver d(config);
-  d.target->open();
-  auto first = d.accept(listener);
-  first->send_hello(mib, flags_multi);
-  auto second = d.accept(listener);
-  second->send_hello(mib, flags_multi);
-  REQUIRE(d.until([&] { return d.connections() == 2; }));
+  TwoConnections two;
+  auto& [listener, d, first, second] = two;
   (void)d.write(0, 4096, 'a');  // so that the second counts, too (rule 7)
   const auto vouching = d.request(*first);
   REQUIRE(vouching);
@@ -301,16 +299,8 @@ TEST_CASE("all connections reset at once: who asks again at each loss is not ans
 }
 
 TEST_CASE("a replacement proves nothing before an older connection has answered (rule 7)") {
-  Listener listener;
-  auto config = config_for(listener);
-  config.connections = 2;
-  Driver d(config);
-  d.target->open();
-  auto first = d.accept(listener);
-  first->send_hello(mib, flags_multi);
-  auto second = d.accept(listener);
-  second->send_hello(mib, flags_multi);
-  REQUIRE(d.until([&] { return d.connections() == 2; }));
+  TwoConnections two;
+  auto& [listener, d, first, second] = two;
 
   bool vouched = false;
   SUBCASE("nothing asked meanwhile: the server may have restarted") {}
