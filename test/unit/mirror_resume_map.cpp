@@ -47,7 +47,8 @@ TEST_CASE("resume map: it is in its memory, and another one finds it there") {
   m.map.trust({chunks(129), size});
   m.map.send({chunks(3) + 7, chunks(3) + 8});
   const ResumeMap next(m.bytes(), size);
-  CHECK(clean_runs(next) == Ranges{{chunks(2), chunks(3)}, {chunks(4), chunks(5)}, {chunks(129), size}});
+  CHECK(clean_runs(next) ==
+        Ranges{{chunks(2), chunks(3)}, {chunks(4), chunks(5)}, {chunks(129), size}});
   CHECK(next.sent() == Ranges{{chunks(3), chunks(4)}});
   CHECK(next.recent() == Ranges{{chunks(4), chunks(5)}, {chunks(130), size}});
   CHECK(next.is_in(m.bytes()));
