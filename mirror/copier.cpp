@@ -270,7 +270,7 @@ void Copier::read_failed(Copy& c, IoError error) {
 
 void Copier::make_data_pieces(Copy& c, const Payload& data) {
   // Zeroes that are stored as data travel as zeroes, by the chunk.
-  const bool detect = m_.info().can_zero;
+  const bool detect = m_.can_zero();
   for (const auto& r : c.live) {
     ByteRange run{r.begin, r.begin};
     bool run_zero = false;

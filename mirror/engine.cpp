@@ -389,8 +389,10 @@ void EngineState::switched_over() {
   const bool pivot = migration_->switchover().kind() == SwitchKind::pivot;
   if (pivot) {
     serving_ = Serving::target;
-    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, migration_->options(),
-                                         migration_->info(), migration_->window());
+    TargetInfo info = migration_->info();
+    info.can_zero = migration_->can_zero();
+    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, migration_->options(), info,
+                                         migration_->window());
     if (!migration_->link_up()) pivoted_->target_lost("during the commit");
     if (const auto& why = migration_->refused()) pivoted_->target_refused(*why);
     migration_->verifier().stop("switched over");

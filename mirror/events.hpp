@@ -110,6 +110,7 @@ struct DiskOp {
   bool fua = false;
   bool may_hole = true;    // zero: deallocation allowed
   bool fast_only = false;  // zero: fail with not_supported rather than write zeroes slowly
+  bool as_data = false;    // zero, on the target: as a write of zeroes
 };
 
 // --- events ---

@@ -97,6 +97,8 @@ class Migration {
   // Why the target's content is not to be relied upon, though nothing is owed to it; or empty.
   [[nodiscard]] std::string doubt() const;
   [[nodiscard]] const TargetInfo& info() const { return info_; }
+  // Not one that says it can and fails.
+  [[nodiscard]] bool can_zero() const { return info_.can_zero && !zeroes_fail_; }
   [[nodiscard]] const TargetWindow& window() const { return window_; }
   [[nodiscard]] const MigrateOptions& options() const { return options_; }
   void report(Status& status) const;
@@ -222,7 +224,7 @@ class Migration {
   [[nodiscard]] bool has_room_for_bulk(std::uint64_t bytes) const;
   // Does it carry its bytes to the target? Zeroes do, to one that cannot make them itself.
   [[nodiscard]] bool sends_data(Command command) const {
-    return command == Command::write || (command == Command::zero && !info_.can_zero);
+    return command == Command::write || (command == Command::zero && !can_zero());
   }
   [[nodiscard]] std::uint64_t bytes_sent(Command command, ByteRange range) const {
     return sends_data(command) ? range.length() : 0;
@@ -230,6 +232,10 @@ class Migration {
   bool dispatch_mirrored();
   [[nodiscard]] bool can_merge(const MirrorEntry& first, const MirrorEntry& next) const;
   void merge_adjacent(MirrorEntry& entry);
+  // Zeroes that were cut for a target that makes them itself, and are to go as data now.
+  [[nodiscard]] bool too_long(Command command, ByteRange range) const {
+    return sends_data(command) && range.length() > piece_bytes(command);
+  }
   // Whose turn it is decides how much room it needs.
   enum class Turn : std::uint8_t { waited_for, its_share, rest };
   bool dispatch_copy(Turn turn);
@@ -238,6 +244,7 @@ class Migration {
   void mirrored_done(const TargetOp& op, IoError error);
   void flush_done(const TargetOp& op, IoError error);
   void target_failed(const TargetOp& op, IoError error);
+  void zero_failed(IoError error);
 
   Context& context_;
   GuestOps& guests_;
@@ -307,6 +314,8 @@ class Migration {
   Time flushed_at_{0};
   std::uint32_t errors_in_row_ = 0;
   std::uint32_t flush_errors_in_row_ = 0;
+  std::uint32_t zero_errors_in_row_ = 0;
+  bool zeroes_fail_ = false;  // they go as data
   Time retry_at_{0};
   bool throttled_ = false;         // lately: a limit of ours held something back
   std::size_t overwrites_ = 0;     // guest writes on their way that stand for stale blocks, too

@@ -14,14 +14,17 @@ constexpr Duration guest_idle = std::chrono::milliseconds(100);
 constexpr Duration read_ahead_time = std::chrono::milliseconds(50);
 constexpr std::uint64_t read_ahead_copies_min = 4;
 constexpr std::size_t unflushed_runs_max = 64 * 1024;
+constexpr std::uint32_t zero_errors_max = 2;
 constexpr Duration error_backoff = std::chrono::milliseconds(100);
 constexpr Duration error_backoff_max = std::chrono::seconds(5);
+
+constexpr const char* zeroes_as_data = "zeroes have to go to the target as data";
 
 }  // namespace
 
 std::uint64_t Migration::piece_bytes(Command command) const {
   const Limits& limits = context_.config.limits;
-  const bool as_zeroes = command == Command::zero && info_.can_zero;
+  const bool as_zeroes = command == Command::zero && can_zero();
   const std::uint64_t wanted =
       as_zeroes ? limits.zero_piece_bytes
                 : std::min<std::uint64_t>(limits.write_piece_bytes, info_.payload_max);
@@ -70,6 +73,10 @@ bool Migration::has_room_for_bulk(std::uint64_t bytes) const {
 bool Migration::dispatch_mirrored() {
   while (const MirrorEntry* e = queue_.next()) {
     const ByteRange blocks = blocks_of(e->range);
+    if (too_long(e->command, e->range)) {
+      mark_stale(blocks, zeroes_as_data);
+      continue;
+    }
     // Rule 4: it waits for the copy of its block, and for whatever is in flight there.
     if (map_->any(blocks, BlockState::armed) && !NBDFERRY_MUTANT(mirrored_overtakes_copy)) {
       const auto copy = copier_.holder(blocks);
@@ -97,6 +104,7 @@ bool Migration::dispatch_mirrored() {
     op.range = entry.range;
     op.payload = entry.payload;
     op.may_hole = entry.may_hole;
+    op.as_data = sent != 0;
     in_flight_.add({op.id,
                     OpKind::mirrored,
                     op.command,
@@ -162,6 +170,10 @@ bool Migration::dispatch_copy(Turn turn) {
     if (turn == Turn::rest) copy_credit_ = 0;
     return false;
   }
+  if (too_long(next->command, next->range)) {
+    mark_stale(next->range, zeroes_as_data);
+    return true;
+  }
   const std::uint64_t bytes = bytes_sent(next->command, next->range);
   // The bulk window is for what can wait. Small mirrored writes would take each place in it as it
   // becomes free, and the copier's share would be nothing.
@@ -176,6 +188,7 @@ bool Migration::dispatch_copy(Turn turn) {
   op.command = piece.command;
   op.range = piece.range;
   op.payload = std::move(piece.payload);
+  op.as_data = bytes != 0;
   in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false,
                   piece.copy, context_.now});
   if (is_write(op.command)) {
@@ -275,6 +288,7 @@ void Migration::target_done(TargetDone&& event) {
   if (event.error == IoError::none) {
     // Writes that are answered well say nothing of a flush that always fails.
     (op.command == Command::flush ? flush_errors_in_row_ : errors_in_row_) = 0;
+    if (op.command == Command::zero) zero_errors_in_row_ = 0;
     if (wrote) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
@@ -334,6 +348,10 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
                            std::string(to_string(error));
   last_error_ = what;
   const bool hopeless = error == IoError::no_space || error == IoError::not_permitted;
+  if (op.command == Command::zero && op.window_bytes == 0 && !hopeless) {
+    zero_failed(error);
+    return;
+  }
   const bool flush = op.command == Command::flush;
   const std::uint32_t in_row = ++(flush ? flush_errors_in_row_ : errors_in_row_);
   if (hopeless || in_row >= context_.config.limits.target_errors_max) {
@@ -342,6 +360,14 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
   }
   const auto backoff = error_backoff * (1 << std::min<std::uint32_t>(in_row - 1, 6));
   retry_at_ = context_.now + std::min(backoff, error_backoff_max);
+}
+
+// It offers to zero, and does not: whether it takes data decides how this goes on.
+void Migration::zero_failed(IoError error) {
+  const bool never = error == IoError::not_supported || error == IoError::invalid;
+  if (!never && ++zero_errors_in_row_ < zero_errors_max) return;
+  if (NBDFERRY_MUTANT(zeroes_fail_for_ever) || std::exchange(zeroes_fail_, true)) return;
+  context_.notice(last_error_ + ": zeroes are sent to it as data");
 }
 
 void Migration::source_done(SourceDone&& event) {

@@ -84,9 +84,12 @@ bool Pivoted::in_quarantine(ByteRange range) const {
 std::uint64_t Pivoted::piece_bytes(Command command) const {
   if (command == Command::block_status) return std::numeric_limits<std::uint32_t>::max() & ~4095U;
   const Limits& limits = context_.config.limits;
-  const bool zeroes = (command == Command::trim || command == Command::zero) && info_.can_zero;
   const std::uint64_t align = std::max<std::uint64_t>(block_size_min, info_.block_min);
-  const std::uint64_t most = zeroes ? limits.zero_piece_bytes : info_.payload_max;
+  // Zeroes, too, so that they can go as data if need be.
+  std::uint64_t most = info_.payload_max;
+  if (command == Command::trim || command == Command::zero) {
+    most = std::min(most, limits.zero_piece_bytes);
+  }
   return std::max(align, most / align * align);
 }
 
@@ -160,8 +163,8 @@ void Pivoted::submit_piece(GuestOp& op, Request& request, ByteRange piece) {
   }
   disk.fua = op.fua && info_.can_fua;
   disk.may_hole = op.command == Command::trim || !op.no_hole;
-  const bool data = disk.command == Command::read || disk.command == Command::write ||
-                    (disk.command == Command::zero && !info_.can_zero);
+  disk.as_data = disk.command == Command::zero && !info_.can_zero;
+  const bool data = disk.command == Command::read || disk.command == Command::write || disk.as_data;
   in_flight_.add({disk.id, OpKind::guest, disk.command, piece, data ? piece.length() : 0, 0,
                   std::nullopt, false, op.id, context_.now});
   ++request.in_flight;
@@ -232,12 +235,23 @@ void Pivoted::target_done(TargetDone&& event) {
   }
 }
 
+// A target that says it can zero, and fails to: it gets data from now on.
+bool Pivoted::zeroes_as_data(const TargetOp& failed) {
+  if (failed.command != Command::zero || failed.window_bytes != 0) return false;
+  if (std::exchange(info_.can_zero, false)) {
+    context_.notice("the target failed to zero: zeroes are sent to it as data");
+  }
+  return true;
+}
+
 void Pivoted::guest_done(const TargetOp& op, TargetDone&& event) {
   GuestOp* guest = guests_.find(op.parent);
   NBDFERRY_ASSERT(guest != nullptr, "a guest request ended before its answer");
   Request& request = requests_.at(op.parent);
   --request.in_flight;
   if (event.error == IoError::lost) {
+    request.again = true;
+  } else if (event.error != IoError::none && zeroes_as_data(op)) {
     request.again = true;
   } else if (event.error != IoError::none) {
     request.error = event.error;
@@ -376,14 +390,21 @@ void Pivoted::target_refused(const std::string& reason) {
 void Pivoted::target_up(const TargetUp& event) {
   const bool blocks_fit = met_ ? event.info.block_min == info_.block_min
                                : event.info.block_min <= context_.config.promised_block_min;
+  const bool takes_all = std::all_of(retained_.begin(), retained_.end(), [&](const Retained& r) {
+    return r.range.length() <= event.info.payload_max;
+  });
   if (event.info.size < context_.config.size || event.info.read_only || !event.info.can_flush ||
-      !blocks_fit) {
-    last_error_ = "the target came back as another export: smaller, read-only or without flush";
+      !blocks_fit || !takes_all) {
+    last_error_ =
+        "the target came back as another export: smaller, read-only, without flush, or for other "
+        "lengths of requests";
     context_.notice(last_error_);
     context_.out->emplace_back(CloseTarget{});
     return;
   }
+  const bool zeroes = !met_ || info_.can_zero;
   info_ = event.info;
+  info_.can_zero = info_.can_zero && zeroes;
   target_window({event.window_ops, event.window_bytes});
   link_up_ = true;
   context_.notice(met_ ? "the target is back" : "the target serves");
@@ -427,7 +448,8 @@ void Pivoted::pump_replay() {
   // In order: one that must wait stops those behind it.
   for (; replay_next_ != retained_.end(); seek_replay()) {
     Retained& r = *replay_next_;
-    const bool data = r.command == Command::write || !info_.can_zero;
+    const bool as_data = r.command == Command::zero && !info_.can_zero;
+    const bool data = r.command == Command::write || as_data;
     const std::uint64_t bytes = data ? r.range.length() : 0;
     if (in_flight_.conflict(r.range) || !in_flight_.has_room(bytes)) return;
     DiskOp disk;
@@ -436,6 +458,7 @@ void Pivoted::pump_replay() {
     disk.range = r.range;
     disk.payload = r.payload;
     disk.may_hole = r.may_hole;
+    disk.as_data = as_data;
     replays_.emplace(disk.id, replay_next_);
     r.sent = true;
     in_flight_.add({disk.id,
@@ -469,6 +492,7 @@ void Pivoted::replay_done(const TargetOp& op, IoError error) {
   if (error == IoError::none && std::exchange(it->failed, false)) --failed_;
   it->number = ++acknowledged_;  // only a flush that is submitted from now on covers it
   if (error != IoError::none) {
+    (void)zeroes_as_data(op);
     if (!it->failed) ++failed_;
     it->failed = true;
     last_error_ = "a write could not be replayed: " + std::string(to_string(error));

@@ -87,6 +87,7 @@ class Pivoted {
   void retain(const GuestOp& op, ByteRange piece);
   void release(std::uint64_t up_to);
   void overlay(ByteRange range, std::byte* data) const;
+  [[nodiscard]] bool zeroes_as_data(const TargetOp& failed);
   void guest_done(const TargetOp& op, TargetDone&& event);
   void flush_done(const TargetOp& op, IoError error);
   void replay_done(const TargetOp& op, IoError error);

@@ -25,11 +25,6 @@ constexpr std::uint64_t zeroes_max = 32ULL * 1024 * 1024;
 constexpr std::uint32_t state_hole = 1;
 constexpr std::uint32_t state_zero = 2;
 
-// A server that can't be asked for zeroes gets them as data.
-bool sends_zeroes(const mirror::TargetInfo& info, const mirror::DiskOp& op) {
-  return op.command == Command::zero && !info.can_zero;
-}
-
 // A readable area of zeroes that costs address space only: all of it is the kernel's zero page.
 const void* zeroes() {
   static const void* const area = [] {
@@ -51,7 +46,7 @@ void Connection::Flight::start(Connection& owner, mirror::DiskOp&& operation,
   connection = &owner;
   op = std::move(operation);
   sequence = number;
-  const bool sends = op.command == Command::write || sends_zeroes(owner.offer_.info, op);
+  const bool sends = op.command == Command::write || op.as_data;
   sent_bytes = sends ? op.range.length() : 0;
   cost = cost_per_op + sent_bytes + (op.command == Command::read ? op.range.length() : 0);
   started = Clock::now();
@@ -124,7 +119,7 @@ std::int64_t Connection::issue(Flight& flight) {
       NBDFERRY_ASSERT(op.payload.size() == length, "a write's payload is as long as its range");
       return nbd_aio_pwrite(handle_, op.payload.data(), length, op.range.begin, completion, fua);
     case Command::zero: {
-      if (sends_zeroes(offer_.info, op)) {
+      if (op.as_data) {
         NBDFERRY_ASSERT(length <= offer_.info.payload_max, "zeroes sent as data fit one request");
         return nbd_aio_pwrite(handle_, zeroes(), length, op.range.begin, completion, fua);
       }

@@ -88,8 +88,10 @@ void Driver::level() {
 void Driver::find_corruption() {
   settle("the disks' operations", [&] { return !w_.source().busy() && !w_.target().busy(); });
   w_.target().corrupt();
-  // What could not be read so far may be copied over it before the verification comes by.
-  const bool all_held = w_.status().stale_bytes == 0;
+  // What is still to be copied, or sent, may go over it before the verification comes by.
+  const auto status = w_.status();
+  const bool all_held =
+      status.stale_bytes == 0 && status.copying_bytes == 0 && status.buffered_bytes == 0;
   const bool ok = issue_and_settle(w_.command(Verify{}), "to verify");
   const bool complete = w_.last_message().find("compared") != std::string::npos &&
                         w_.last_message().find("can't be read") == std::string::npos &&

@@ -84,6 +84,9 @@ Setup make_setup(Prng& prng) {
   s.source_errors = prng.chance(1, 4);
   s.target_errors = prng.chance(1, 4);
   s.flush_errors = prng.chance(1, 8);
+  if (s.target.can_zero && prng.chance(1, 8)) {
+    s.zeroes_fail = prng.pick({IoError::io, IoError::not_supported, IoError::invalid});
+  }
   s.unreadable = prng.chance(1, 8);
   s.stays_unreadable = s.unreadable && prng.chance(1, 2);
   s.status_lags = prng.chance(1, 2);

@@ -29,6 +29,7 @@ struct Setup {
   bool source_errors = false;
   bool target_errors = false;
   bool flush_errors = false;      // of the target, often
+  IoError zeroes_fail{};          // of the target, always, though it offers them
   bool unreadable = false;        // sticky unreadable sectors
   bool stays_unreadable = false;  // to the very end; every migration leaves them out
   bool status_lags = false;       // block status does not see what was not flushed

@@ -92,8 +92,9 @@ void TargetModel::check(const mirror::DiskOp& op) const {
     fail("target: {}: a trim may leave anything behind (rule 9)", op);
   }
   if (op.command == Command::zero) {
+    require(info.can_zero || op.as_data, "target: {} is not offered", op);
     const std::uint64_t limit =
-        info.can_zero ? setup_.engine.limits.zero_piece_bytes : std::uint64_t{info.payload_max};
+        op.as_data ? std::uint64_t{info.payload_max} : setup_.engine.limits.zero_piece_bytes;
     require(op.range.length() <= limit, "target: {} is longer than {}", op, limit);
   }
   const std::uint64_t align = std::max<std::uint64_t>(info.block_min, block_size_min);
@@ -115,6 +116,10 @@ void TargetModel::submit(mirror::DiskOp&& op) {
     error = IoError::io;
   }
   if (sheltered_ && op.command == Command::flush) error = IoError::none;
+  if (setup_.zeroes_fail != IoError::none && op.command == Command::zero && !op.as_data) {
+    error = setup_.zeroes_fail;
+    cases_.saw(Case::zeroes_failed);
+  }
   bytes_in_flight_ += window_cost(op);
   if (is_write(op.command)) {
     for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u)

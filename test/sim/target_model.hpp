@@ -102,7 +102,8 @@ class TargetModel {
   void written(const Flight& flight);
   void make_zombie(Flight&& flight, Time now);
   [[nodiscard]] static std::uint64_t window_cost(const mirror::DiskOp& op) {
-    return op.command == Command::write || op.command == Command::read ? op.range.length() : 0;
+    const bool data = op.command == Command::write || op.command == Command::read || op.as_data;
+    return data ? op.range.length() : 0;
   }
 
   const Setup& setup_;
