@@ -128,7 +128,7 @@ class EngineState {
   }
   void on(TargetClosed&&) {
     if (pivoted_) {
-      pivoted_->target_refused("the connections were closed");
+      pivoted_->target_closed();
     } else if (migration_) {
       migration_->target_closed();
     }
@@ -146,7 +146,7 @@ class EngineState {
   }
   void on(ServeTarget&& e) {
     keep(e.state);
-    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, e.options);
+    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, e.options, e.incoming);
   }
   void on(Suspend&& e);
   void on(Pause&& e) {

@@ -192,6 +192,7 @@ struct KeepState {
 struct ServeTarget {
   MigrateOptions options;
   std::span<std::byte> state;
+  bool incoming = false;  // as the record says: the target took writes from us only
 };
 // The process is about to end: what is on its way to the target is waited for, and flushed; the state
 // remembers the rest. Answered at once; when all is done, CloseTarget.
@@ -270,6 +271,7 @@ struct CloseTarget {
 // Make the ownership record say this, durably, in one synchronous write; answered by RecordWritten.
 struct WriteRecord {
   SwitchKind kind = SwitchKind::pivot;
+  bool incoming = false;  // the target takes writes from this migration only
 };
 
 // The migration has ended: after a restart it does not go on by itself.

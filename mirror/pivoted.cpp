@@ -31,7 +31,7 @@ Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
 }
 
 Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
-                 const MigrateOptions& options)
+                 const MigrateOptions& options, bool incoming)
     : context_(context),
       guests_(guests),
       resume_(resume),
@@ -40,6 +40,7 @@ Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
       met_(false),
       lost_at_(context.now),
       flush_wanted_(true) {
+  info_.incoming = incoming;
   if (!NBDFERRY_MUTANT(pivot_restart_no_quarantine)) {
     for (const auto& r : resume.sent()) {
       quarantines_.push_back({r, context.now + options.quarantine});
@@ -387,18 +388,36 @@ void Pivoted::target_refused(const std::string& reason) {
   reopen_at_ = context_.now + reopen_pause;
 }
 
-void Pivoted::target_up(const TargetUp& event) {
-  const bool blocks_fit = met_ ? event.info.block_min == info_.block_min
-                               : event.info.block_min <= context_.config.promised_block_min;
+void Pivoted::target_closed() {
+  if (link_up_) target_lost("the connections were closed");
+  reopen_at_ = context_.now + reopen_pause;
+}
+
+// Why it is not the one that we left; or empty.
+std::string Pivoted::check_target(const TargetInfo& info) const {
+  // Somebody else may write there. What is retained is not to go over that.
+  if (info_.incoming && !info.incoming) {
+    return "the target takes anybody's writes now: it was promoted meanwhile, or is another one: "
+           "connect its guest to it directly";
+  }
+  const bool blocks_fit = met_ ? info.block_min == info_.block_min
+                               : info.block_min <= context_.config.promised_block_min;
   const bool takes_all = std::all_of(retained_.begin(), retained_.end(), [&](const Retained& r) {
-    return r.range.length() <= event.info.payload_max;
+    return r.range.length() <= info.payload_max;
   });
-  if (event.info.size < context_.config.size || event.info.read_only || !event.info.can_flush ||
-      !blocks_fit || !takes_all) {
-    last_error_ =
-        "the target came back as another export: smaller, read-only, without flush, or for other "
-        "lengths of requests";
-    context_.notice(last_error_);
+  if (info.size < context_.config.size || info.read_only || !info.can_flush || !blocks_fit ||
+      !takes_all) {
+    return "the target came back as another export: smaller, read-only, without flush, or for "
+           "other "
+           "lengths of requests";
+  }
+  return {};
+}
+
+void Pivoted::target_up(const TargetUp& event) {
+  if (const std::string why = check_target(event.info); !why.empty()) {
+    if (last_error_ != why) context_.notice(why);
+    last_error_ = why;
     context_.out->emplace_back(CloseTarget{});
     return;
   }

@@ -27,7 +27,8 @@ class Pivoted {
   Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, const MigrateOptions& options,
           const TargetInfo& info, const TargetWindow& window);
   // At the start of a process: the target is yet to be reached.
-  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, const MigrateOptions& options);
+  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, const MigrateOptions& options,
+          bool incoming);
 
   void submit(GuestOp& op);
 
@@ -35,6 +36,7 @@ class Pivoted {
   void target_window(const TargetWindow& event);
   void target_lost(const std::string& reason);
   // It will not be tried again by itself: ask for it.
+  void target_closed();
   void target_refused(const std::string& reason);
   void target_done(TargetDone&& event);
   void tick();
@@ -87,6 +89,7 @@ class Pivoted {
   void retain(const GuestOp& op, ByteRange piece);
   void release(std::uint64_t up_to);
   void overlay(ByteRange range, std::byte* data) const;
+  [[nodiscard]] std::string check_target(const TargetInfo& info) const;
   [[nodiscard]] bool zeroes_as_data(const TargetOp& failed);
   void guest_done(const TargetOp& op, TargetDone&& event);
   void flush_done(const TargetOp& op, IoError error);

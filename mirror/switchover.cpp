@@ -168,7 +168,7 @@ void Switchover::start_seal() {
 
 void Switchover::start_commit() {
   state_ = State::committing;
-  m_.context().out->emplace_back(WriteRecord{kind_});
+  m_.context().out->emplace_back(WriteRecord{kind_, m_.info().incoming});
   if (NBDFERRY_MUTANT(commit_before_record)) reached(State::committed);
 }
 

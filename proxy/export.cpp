@@ -225,6 +225,7 @@ void ExportImpl::on(mirror::WriteRecord&& a) {
   next.uris = target_uris_;
   next.peer = target_uris_.empty() ? "" : target_uris_.front();
   next.migration_id = migration_id_;
+  next.incoming_peer = a.incoming;
   write_record(std::move(next), [this](const std::string& error) {
     post(mirror::RecordWritten{error.empty(), error});
   });
@@ -446,6 +447,7 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
     }
     progress_ = 0;
     resuming_ = false;
+    saved_.paused = false;
     start(std::move(request), std::move(done), go_on);
     return;
   }
@@ -474,6 +476,13 @@ void ExportImpl::command(Verb verb, CommandHandler done) {
   if (verb == Verb::abort) {
     done = [this, done = std::move(done)](bool ok, const std::string& message) {
       if (ok) remember_abort();
+      done(ok, message);
+    };
+  }
+  if (verb == Verb::pause || verb == Verb::resume) {
+    done = [this, paused = verb == Verb::pause, done = std::move(done)](
+               bool ok, const std::string& message) {
+      if (ok) remember_pause(paused);
       done(ok, message);
     };
   }

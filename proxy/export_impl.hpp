@@ -82,6 +82,7 @@ class ExportImpl final : public Export {
   void save_state();
   void save_request();
   void remember_changes(const mirror::Set& changes);
+  void remember_pause(bool paused);
   void remember_abort();
   void start(MigrateRequest request, CommandHandler done, bool go_on);
 

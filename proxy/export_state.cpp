@@ -79,6 +79,7 @@ void ExportImpl::resume(const SavedMigration& saved, bool trusted) {
   };
   resuming_ = true;
   start(std::move(request), report, trusted);
+  if (saved.paused) command(Verb::pause, report);
 }
 
 // The target serves, as it did before the restart.
@@ -92,7 +93,7 @@ void ExportImpl::serve_target(std::span<std::byte> state) {
   migration_id_ = ownership_.migration_id;
   log_line(
       fmt::format("{}: pivoted: serving from {}", options_.disk, fmt::join(ownership_.uris, " ")));
-  post(mirror::ServeTarget{request_.options, state});
+  post(mirror::ServeTarget{request_.options, state, ownership_.incoming_peer});
 }
 
 // --- while migrations run ---
@@ -155,6 +156,12 @@ void ExportImpl::remember_changes(const mirror::Set& changes) {
   options.max_delay = changes.max_delay.value_or(options.max_delay);
   options.downtime_limit = changes.downtime_limit.value_or(options.downtime_limit);
   save_request();
+}
+
+// A restart leaves it paused, or not.
+void ExportImpl::remember_pause(bool paused) {
+  saved_.paused = paused;
+  save_state();
 }
 
 // Nor does a restart switch over by itself.

@@ -55,6 +55,7 @@ std::optional<std::string> encode(const Ownership& o) {
       {"uris", boost::json::array(o.uris.begin(), o.uris.end())},
       {"peer", o.peer},
       {"migration", o.migration_id},
+      {"incoming_peer", o.incoming_peer},
       {"disk", o.disk_id},
       {"device", o.device},
       {"inode", o.inode},
@@ -82,6 +83,7 @@ std::optional<Ownership> decode(std::string_view slot) {
   for (const auto& uri : json.at("uris").as_array()) o.uris.emplace_back(uri.as_string());
   o.peer = json.at("peer").as_string();
   o.migration_id = json.at("migration").as_string();
+  if (const auto* v = json.if_contains("incoming_peer")) o.incoming_peer = v->as_bool();
   o.disk_id = json.at("disk").as_string();
   o.device = json.at("device").to_number<std::uint64_t>();
   o.inode = json.at("inode").to_number<std::uint64_t>();

@@ -37,6 +37,7 @@ struct Ownership {
   std::vector<std::string> uris;  // pivoted, retired: where the disk is; incoming: empty
   std::string peer;               // whom we gave it to or get it from, for a person
   std::string migration_id;
+  bool incoming_peer = false;  // pivoted: the target took writes from us only
 
   // Set by OwnerRecord::write.
   std::uint64_t generation = 0;  // 0: never written

@@ -85,6 +85,7 @@ std::optional<std::string> encode(const Header& h) {
       {"migration", h.migration.id},
       {"request", h.migration.request},
       {"running", h.migration.running},
+      {"paused", h.migration.paused},
       {"generation", h.migration.generation},
   };
   std::string body = boost::json::serialize(json) + '\n';
@@ -114,6 +115,7 @@ std::optional<Header> decode(std::string_view slot) {
   h.migration.id = json.at("migration").as_string();
   h.migration.request = json.at("request").as_object();
   h.migration.running = json.at("running").as_bool();
+  h.migration.paused = json.at("paused").as_bool();
   h.migration.generation = number(json.at("generation"));
   return h;
 }

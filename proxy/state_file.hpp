@@ -54,6 +54,7 @@ struct SavedMigration {
   boost::json::object request;   // migrate_to_json()
   std::string id;                // new_migration_id()
   bool running = true;           // goes on by itself after a restart
+  bool paused = false;           // … and is paused then
   std::uint64_t generation = 0;  // of the disk's ownership record when it began
   friend bool operator==(const SavedMigration&, const SavedMigration&) = default;
 };

@@ -424,6 +424,25 @@ def promoted_too_early(world):
     check(status["mirrored_bytes"] == before, f"it still writes to the owner's disk: {status}")
 
 
+def promoted_while_pivoted(world):
+    """Another guest may write there: the pivoted source does not go back, nor does its next life."""
+    world.start()
+    world.migrate()
+    world.repeat(world.source, "switch", "--pivot")
+    wait_until(world.written, "the guests write")
+    world.end()
+    world.target.ferry.ok("promote")
+    for life in range(2):
+        wait_until(lambda: "promoted meanwhile" in (world.source.ferry.status()["last_error"] or ""),
+                   "the source to see it")
+        check(ferry.run(["timeout", "1", "qemu-io", "-f", "raw", "-c", "write 0 4k",
+                         world.source.ferry.uri]).returncode != 0, "a write to another guest's disk")
+        world.source.kill()
+        if life == 0:
+            world.source.start()
+    world.same(world.target)
+
+
 CASES = {
     "released stays released": released_stays_released,
     "promoted is not laid open": promoted_is_not_laid_open,
@@ -441,6 +460,7 @@ CASES = {
     "fenced again and again": fenced_again_and_again,
     "replaced target": replaced_target,
     "promoted too early": promoted_too_early,
+    "promoted while pivoted": promoted_while_pivoted,
 } | {f"incoming killed at its start ({point})":
      lambda w, p=point: incoming_killed_at_its_start(w, p)
      for point in (*switchover.FIRST, *switchover.LATER)}

@@ -179,6 +179,24 @@ def options(rig):
     rig.finish(verify=False)  # the target is trusted
 
 
+def paused(rig):
+    """What the operator has paused stays so, until he says otherwise."""
+    uri = ferry.qemu_nbd(rig.scratch, rig.target)
+    rig.serve()
+    rig.migrate_to(1 / 2, uri, "--bandwidth", "32M")
+    rig.disk.ok("pause")
+    rig.kill()
+    rig.serve()
+    ferry.wait_until(lambda: resumed(rig)["phase"] == "paused", "to be paused")
+    rig.disk.ok("resume")
+    ferry.wait_until(lambda: rig.disk.status()["phase"] == "copying", "to go on")
+    rig.kill()
+    rig.serve()
+    ferry.wait_until(lambda: resumed(rig)["phase"] != "connecting", "the target to be reached")
+    check(rig.disk.status()["phase"] == "copying", "it was resumed before the restart")
+    rig.finish()
+
+
 def touched(rig):
     """Somebody wrote to the disk meanwhile: nothing is believed, everything is copied."""
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
@@ -287,7 +305,7 @@ def nowhere(rig):
 
 def main(case):
     with ferry.Scratch() as scratch, state_directory() as state:
-        {f.__name__: f for f in (killed, incoming, stopped, options, touched, replaced, failed, pivoted,
+        {f.__name__: f for f in (killed, incoming, stopped, options, paused, touched, replaced, failed, pivoted,
                                  leaving, nowhere)}[case](Rig(scratch, state))
         check(not os.listdir(state) or case in ("pivoted", "leaving"), f"left: {os.listdir(state)}")
 

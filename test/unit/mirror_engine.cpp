@@ -437,6 +437,28 @@ TEST_CASE(
   CHECK(rig.status().phase == Phase::connecting);
 }
 
+TEST_CASE("pivoted: a target that was promoted meanwhile is another guest's") {
+  for (const bool incoming : {false, true}) {
+    TargetInfo info = Rig::usual(mib);
+    info.incoming = incoming;
+    Rig rig(mib);
+    rig.apply(Start{CommandId{1}, async_mode()});
+    rig.apply(TargetUp{info});
+    rig.answer_all();
+    rig.apply(Switch{CommandId{5}, SwitchKind::pivot});
+    rig.answer_all();
+    rig.apply(RecordWritten{true, {}});
+    rig.apply(TargetWindow{0, 0});
+    rig.apply(TargetLost{"fenced"});
+    info.incoming = false;
+    rig.apply(TargetUp{info});
+    const std::size_t before = rig.sent().size();
+    rig.write({0, 4096});
+    CHECK((rig.sent().size() == before) == incoming);
+    CHECK((rig.status().last_error.find("promoted") != std::string::npos) == incoming);
+  }
+}
+
 TEST_CASE("everything has a name") {
   for (int i = 0; i <= static_cast<int>(IoError::lost); ++i)
     CHECK_FALSE(to_string(static_cast<IoError>(i)).empty());
