@@ -16,10 +16,10 @@ echo "building with sanitizers"
 configure "$root/build-sanitize" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DNBDFERRY_SANITIZE=address,undefined
 ninja -C "$root/build-sanitize" -j2 --quiet unit_and_sim
-ctest --test-dir "$root/build-sanitize" --output-on-failure \
+ctest --test-dir "$root/build-sanitize" --output-on-failure -j2 \
   -R '^(unit\..*|sim\.histories|sim\.regressions)$' "$@"
 
 echo "building as it ships"
 configure "$root/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo
 ninja -C "$root/build" -j2 --quiet
-ctest --test-dir "$root/build" --output-on-failure "$@"
+ctest --test-dir "$root/build" --output-on-failure -j2 "$@"
