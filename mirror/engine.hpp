@@ -17,7 +17,9 @@ namespace nbdferry::mirror {
 struct Limits {
   std::uint64_t copy_bytes = 256 * 1024;  // one copy operation's data, multiple of 64 KiB
   std::uint64_t copy_window_bytes =
-      8 * 1024 * 1024;                         // copies between arming and the target's answer
+      8 * 1024 * 1024;  // copies between arming and the target's answer …
+  std::uint64_t copy_window_max =
+      40ULL * 1024 * 1024;                     // … beside what a long path has under way; with it
   std::uint64_t bulk_bytes_min = 1024 * 1024;  // under way that nobody waits for: at least so much
   std::uint64_t merge_bytes = 256 * 1024;  // adjacent mirrored writes become one of up to so much
   std::uint64_t heat_region_min = 1024 * 1024;    // what is hot or not as a whole

@@ -221,7 +221,7 @@ class Migration {
   [[nodiscard]] bool can_queue_early(const GuestOp& op) const;
 
   void dispatch();
-  [[nodiscard]] bool has_room_for_bulk(std::uint64_t bytes) const;
+  [[nodiscard]] bool has_room_for_bulk(std::uint64_t bytes);
   // Does it carry its bytes to the target? Zeroes do, to one that cannot make them itself.
   [[nodiscard]] bool sends_data(Command command) const {
     return command == Command::write || (command == Command::zero && !can_zero());
@@ -230,7 +230,7 @@ class Migration {
     return sends_data(command) ? range.length() : 0;
   }
   bool dispatch_mirrored();
-  [[nodiscard]] bool can_merge(const MirrorEntry& first, const MirrorEntry& next) const;
+  [[nodiscard]] bool can_merge(const MirrorEntry& first, const MirrorEntry& next);
   void merge_adjacent(MirrorEntry& entry);
   // Zeroes that were cut for a target that makes them itself, and are to go as data now.
   [[nodiscard]] bool too_long(Command command, ByteRange range) const {

@@ -35,12 +35,18 @@ std::uint64_t Migration::piece_bytes(Command command) const {
 std::uint64_t Migration::read_ahead() const {
   const Limits& limits = context_.config.limits;
   const double rate = copy_rate_.bytes_per_second();
-  if (rate == 0) return limits.copy_window_bytes;
-  const double seconds =
-      std::chrono::duration<double>(bulk_window_.fastest() + read_ahead_time).count();
-  const auto soon = static_cast<std::uint64_t>(rate * seconds);
-  return std::min(limits.copy_window_bytes,
-                  std::max(soon, read_ahead_copies_min * limits.copy_bytes));
+  const auto carried = [&](double bytes_per_second, Duration in) {
+    return static_cast<std::uint64_t>(bytes_per_second * std::chrono::duration<double>(in).count());
+  };
+  // Beside what is under way on a long path.
+  const std::uint64_t under_way =
+      carried(std::max(rate, bulk_window_.bytes_per_second()), bulk_window_.fastest() * 5 / 4);
+  std::uint64_t soon = limits.copy_window_bytes;
+  if (rate != 0) {
+    soon = std::clamp(carried(rate, read_ahead_time), read_ahead_copies_min * limits.copy_bytes,
+                      limits.copy_window_bytes);
+  }
+  return std::min(limits.copy_window_max, soon + under_way);
 }
 
 std::uint64_t Migration::copy_bytes() const {
@@ -64,10 +70,12 @@ void Migration::dispatch() {
 
 // Beside what the window allows: what nobody waits for stays short of it, so that what somebody
 // waits for gets through.
-bool Migration::has_room_for_bulk(std::uint64_t bytes) const {
+bool Migration::has_room_for_bulk(std::uint64_t bytes) {
   const std::uint64_t under_way = in_flight_.bytes();
-  return in_flight_.has_room(bytes) &&
-         (under_way == 0 || under_way + bytes <= bulk_window_.bytes(rate_.bytes_per_second()));
+  if (!in_flight_.has_room(bytes)) return false;
+  if (under_way == 0 || under_way + bytes <= bulk_window_.bytes()) return true;
+  bulk_window_.held_back();
+  return false;
 }
 
 bool Migration::dispatch_mirrored() {
@@ -114,7 +122,8 @@ bool Migration::dispatch_mirrored() {
                     entry.waiter,
                     entry.debt,
                     {},
-                    context_.now});
+                    context_.now,
+                    bulk_window_.delivered()});
     map_->set_flag(op.range, ChunkFlag::written);
     resume_.send(op.range);
     context_.submit_target(std::move(op));
@@ -125,7 +134,7 @@ bool Migration::dispatch_mirrored() {
   return false;
 }
 
-bool Migration::can_merge(const MirrorEntry& first, const MirrorEntry& next) const {
+bool Migration::can_merge(const MirrorEntry& first, const MirrorEntry& next) {
   if (next.command != first.command || next.may_hole != first.may_hole) return false;
   // Writes that the guest waits for go out as they are: nothing of theirs waits for a copy.
   if (first.waiter || next.waiter) return false;
@@ -190,7 +199,7 @@ bool Migration::dispatch_copy(Turn turn) {
   op.payload = std::move(piece.payload);
   op.as_data = bytes != 0;
   in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false,
-                  piece.copy, context_.now});
+                  piece.copy, context_.now, bulk_window_.delivered()});
   if (is_write(op.command)) {
     map_->set_flag(op.range, ChunkFlag::written);
     resume_.send(op.range);
@@ -292,7 +301,9 @@ void Migration::target_done(TargetDone&& event) {
     if (wrote) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
-      if (op.window_bytes != 0) bulk_window_.answered(context_.now - op.sent_at);
+      if (op.window_bytes != 0) {
+        bulk_window_.answered(context_.now, op.sent_at, op.delivered, op.window_bytes);
+      }
       if (info_.can_flush) unflushed_.written(*map_, op.range);
       if (NBDFERRY_MUTANT(resume_trusts_unflushed)) resume_.trust(op.range);
     }

@@ -24,6 +24,7 @@ struct TargetOp {
   bool debt = false;               // mirrored: stands for bytes that the guest was told are written
   OpId parent{};                   // copy: the copy operation; guest: the guest's request
   Time sent_at{0};
+  std::uint64_t delivered = 0;  // to the target by then, in all: BulkWindow
 };
 
 class TargetOps {

@@ -41,8 +41,8 @@ constexpr unsigned connections_chosen = 4;  // with multi-conn, when the operato
 constexpr unsigned connections_max = 64;
 // What one connection may have in flight. Large enough to keep a fast server busy, small enough
 // that a mirrored write does not wait long behind bulk data.
-constexpr std::uint32_t connection_ops_max = 32;
-constexpr std::uint64_t connection_bytes_max = 4ULL * 1024 * 1024;
+constexpr std::uint32_t connection_ops_max = 64;
+constexpr std::uint64_t connection_bytes_max = 8ULL * 1024 * 1024;
 constexpr std::uint64_t flushes_max = 8;  // these go at once, whatever the window says
 constexpr Duration retry_delay_min = std::chrono::milliseconds(100);
 constexpr Duration retry_delay_max = std::chrono::seconds(5);

@@ -169,15 +169,13 @@ TEST_CASE("a hot place is copied last, and is copied although it stays hot") {
 }
 
 TEST_CASE("adjacent writes in the queue go as one request, up to a limit; others do not") {
-  Rig rig(mib, async_mode());
-  rig.answer_all();
-  REQUIRE(rig.status().stale_bytes == 0);
-  // One in flight keeps the others in the queue: nobody waits, so little is under way at once.
   Limits limits;
-  limits.bulk_bytes_min = 4 * kib;
   limits.merge_bytes = 64 * kib;
   Rig narrow(mib, async_mode(), limits);
   narrow.answer_all();
+  REQUIRE(narrow.status().stale_bytes == 0);
+  // One in flight keeps the others in the queue.
+  narrow.apply(TargetWindow{1, mib});
   const std::size_t before = narrow.sent().size();
   narrow.write({512 * kib, 516 * kib});
   for (std::uint64_t at = 0; at < 100 * kib; at += 4 * kib) narrow.write({at, at + 4 * kib});

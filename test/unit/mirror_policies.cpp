@@ -1,4 +1,5 @@
 // The core's small controllers: each is a function of what it is told and of the time.
+#include <deque>
 #include <random>
 
 #include <doctest/doctest.h>
@@ -104,17 +105,71 @@ TEST_CASE("a bandwidth limit holds over time, whatever the size of what is sent"
   CHECK(bucket.may_send());
 }
 
+namespace {
+
+// One that takes bytes one after the other, at a rate, and answers after its delay.
+struct Path {
+  BulkWindow& window;
+  double rate;
+  Duration delay;
+  Time now = seconds(1);
+  Time free_at{0};
+  struct Sent {
+    Time at, answered;
+    std::uint64_t delivered;
+  };
+  std::deque<Sent> sent = {};
+  static constexpr std::uint64_t piece = 128 * 1024;
+
+  void send() {
+    free_at = std::max(free_at, now) + Duration(static_cast<std::int64_t>(piece / rate * 1e9));
+    sent.push_back({now, free_at + delay, window.delivered()});
+  }
+  void answer() {
+    now = std::max(now, sent.front().answered);
+    const Sent s = sent.front();
+    sent.pop_front();
+    window.answered(now, s.at, s.delivered, piece);
+  }
+  // As much as may be, for so long.
+  void fill(Duration time) {
+    for (const Time end = now + time; now < end;) {
+      while (sent.empty() || (sent.size() + 1) * piece <= window.bytes()) send();
+      window.held_back();
+      answer();
+    }
+  }
+  void trickle(Duration time) {
+    while (!sent.empty()) answer();
+    for (const Time end = now + time; now < end; now += milliseconds(50)) {
+      send();
+      answer();
+    }
+  }
+};
+
+}  // namespace
+
 TEST_CASE("bulk fills the path's own delay and a short queue") {
   BulkWindow window(1024 * 1024);
-  CHECK(window.bytes(1e9) == 1024 * 1024);  // nothing is known yet
-  window.answered(milliseconds(2));
-  CHECK(window.bytes(125e6) == doctest::Approx(125e6 * 0.012).epsilon(0.001));
-  window.answered(milliseconds(50));  // its own queue: not the path's delay
-  CHECK(window.bytes(125e6) == doctest::Approx(125e6 * 0.012).epsilon(0.001));
-  CHECK(window.bytes(1e6) == 1024 * 1024);
+  CHECK(window.bytes() == 1024 * 1024);  // nothing is known yet
+  Path path{window, 125e6, milliseconds(2)};
+  path.fill(seconds(3));
+  CHECK(window.bytes() == doctest::Approx(125e6 * 0.012).epsilon(0.1));
+  path.rate = 30e6;  // less now: that is seen when the old is forgotten
+  path.fill(seconds(4));
+  CHECK(window.bytes() == 1024 * 1024);
+  CHECK(window.bytes_per_second() == doctest::Approx(30e6).epsilon(0.1));
+  // A long path is full soon: 1 MiB, then twice as much in each of its round trips.
   window.reset();
-  window.answered(milliseconds(150));
-  CHECK(window.bytes(125e6) == doctest::Approx(125e6 * 0.1875).epsilon(0.001));
+  Path far{window, 125e6, milliseconds(150)};
+  far.fill(milliseconds(1500));
+  CHECK(window.bytes() > 125e6 * 0.1875 * 0.9);
+  far.fill(seconds(5));
+  CHECK(window.bytes() == doctest::Approx(125e6 * 0.1875).epsilon(0.1));
+  // Nobody has anything to send: what it carries is not forgotten.
+  far.trickle(seconds(10));
+  CHECK(window.bytes() == doctest::Approx(125e6 * 0.1875).epsilon(0.1));
 }
 
 TEST_CASE("heat: a place that is written much more than the rest, until it cools") {

@@ -1,0 +1,36 @@
+#include "mirror/bulk_window.hpp"
+
+namespace nbdferry::mirror {
+
+void BulkWindow::answered(Time now, Time sent_at, std::uint64_t delivered_then,
+                          std::uint64_t bytes) {
+  delivered_ += bytes;
+  const Duration took = std::max(now - sent_at, quickest);
+  fastest_ = std::min(fastest_, took);
+  const double rate = static_cast<double>(delivered_ - delivered_then) /
+                      std::chrono::duration<double>(took).count();
+  most_.front() = std::max(most_.front(), rate);
+  if (delivered_then >= round_end_) end_round();
+  if (now - part_began_ < std::max(remembered, fastest_)) return;
+  part_began_ = now;
+  // What was not held back could have been more.
+  if (!std::exchange(part_limited_, false)) return;
+  std::rotate(most_.begin(), most_.end() - 1, most_.end());
+  most_.front() = rate;
+}
+
+void BulkWindow::end_round() {
+  round_end_ = delivered_;
+  if (!std::exchange(limited_, false)) return;
+  part_limited_ = true;
+  if (!starting_) return;
+  const double now = bytes_per_second();
+  if (now >= full_ * growth) {
+    full_ = now;
+    rounds_flat_ = 0;
+  } else if (++rounds_flat_ >= rounds_without) {
+    starting_ = false;
+  }
+}
+
+}  // namespace nbdferry::mirror
