@@ -18,6 +18,8 @@ constexpr Duration verify_pause = std::chrono::seconds(1);
 // What the process before us left: what was clean is held, what was sent may still land.
 void Migration::adopt() {
   resume_.for_each_clean([&](ByteRange r) { map_->set(r, BlockState::synced); });
+  // A write that an earlier migration had under way may have been noted as sent for too long.
+  suspects_.for_each([&](ByteRange r) { map_->set(map_->covering(r), BlockState::stale); });
   resumed_bytes_ = map_->size() - map_->stale_bytes();
   unproven_ = resumed_bytes_ != 0 && !info_.proven;
   sampled_ = !unproven_;
