@@ -253,13 +253,14 @@ void EngineState::on(GuestRequest&& request) {
 }
 
 void EngineState::run(GuestOp& op) {
-  if (serving_ == Serving::nobody) {
+  const bool pivoted = serving_ == Serving::target;
+  if (serving_ == Serving::nobody || (pivoted && op.command == Command::checksum)) {
     op.source_done = true;
-    op.result = IoError::shutdown;
+    op.result = pivoted ? IoError::not_supported : IoError::shutdown;
     context_.settle.push_back(op.id);
   } else if (is_write(op.command)) {
     run_write(op);
-  } else if (serving_ == Serving::target) {
+  } else if (pivoted) {
     pivoted_->submit(op);
   } else {
     submit_to_source(op);
@@ -306,6 +307,7 @@ void EngineState::on(SourceDone&& event) {
   op->result = event.error;
   op->data = std::move(event.data);
   op->extents = std::move(event.extents);
+  op->checksum = event.checksum;
   const bool io = op->command == Command::read || op->command == Command::write;
   if (io && migration_) migration_->guest_waited(context_.now - op->submitted_at);
   if (is_write(op->command) && migration_) {
@@ -359,6 +361,7 @@ void EngineState::reply(GuestOp& op) {
   r.error = op.result;
   r.data = std::move(op.data);
   r.extents = std::move(op.extents);
+  r.checksum = op.checksum;
   context_.out->emplace_back(std::move(r));
 }
 

@@ -26,7 +26,8 @@ struct Limits {
   std::uint64_t probe_bytes = 1ULL << 30;         // one copy operation that expects a hole
   std::uint64_t write_piece_bytes = 1024 * 1024;  // a mirrored write is cut into pieces
   std::uint64_t zero_piece_bytes = 32ULL * 1024 * 1024;
-  std::uint64_t verify_bytes = 128 * 1024;
+  std::uint64_t verify_bytes = 128 * 1024;           // compared at once, by reading both sides …
+  std::uint64_t checksum_bytes = 256 * 1024;         // … or by checksums; multiple of 64 KiB
   std::uint64_t flush_bytes = 512ULL * 1024 * 1024;  // unflushed on the target: flush by then …
   Duration flush_period = std::chrono::seconds(5);   // … or after this time …
   Duration flush_period_level = std::chrono::milliseconds(500);  // … or this, with nothing stale

@@ -75,6 +75,7 @@ struct TargetInfo {
   bool can_trim = false;
   bool can_zero = false;
   bool has_allocation = false;  // base:allocation was negotiated
+  bool can_checksum = false;    // of up to Limits::checksum_bytes at once
   bool incoming = false;        // takes writes from this migration only
   bool fenced = false;          // nothing that older connections of ours hold will be written
   bool proven = false;          // it is the one that it was before our restart
@@ -132,6 +133,7 @@ struct SourceDone {
   bool changed = true;
   Payload data;                 // read
   std::vector<Extent> extents;  // block_status: covers a prefix of the range, at least one byte
+  std::uint64_t checksum = 0;   // checksum: of the whole range
 };
 
 struct TargetDone {
@@ -139,6 +141,7 @@ struct TargetDone {
   IoError error = IoError::none;
   Payload data;
   std::vector<Extent> extents;
+  std::uint64_t checksum = 0;
 };
 
 // The target can be used (again). The window says how much may be in flight on all connections.
@@ -262,6 +265,7 @@ struct Reply {
   IoError error = IoError::none;
   Payload data;
   std::vector<Extent> extents;
+  std::uint64_t checksum = 0;
 };
 
 struct OpenTarget {};  // answered by TargetUp or TargetRefused

@@ -37,6 +37,7 @@ struct GuestOp {
   IoError result = IoError::none;
   Payload data;                 // answer of a read
   std::vector<Extent> extents;  // answer of block_status
+  std::uint64_t checksum = 0;   // likewise
 
   // Mirroring: the blocks that the target needs it for; shrinks where they become stale.
   std::vector<ByteRange> mirrored;

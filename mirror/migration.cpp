@@ -385,6 +385,7 @@ void Migration::tick() {
     leave_fallback();
     steer();
     maybe_verify();
+    verifier_.tick();
     switchover_.tick();
     copier_.poke();
   }

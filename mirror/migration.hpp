@@ -162,7 +162,9 @@ class Migration {
   // A sample of what it should hold is not there: nothing that it was believed to hold counts.
   void distrust(std::uint64_t at);
   void sample_was_good() { sampled_ = true; }
-  void verification_ended(std::uint64_t differing, bool complete);
+  void found_difference(std::uint64_t bytes);
+  void verified_up_to(std::uint64_t mark);
+  void verification_ended(bool good);
   // The target's block status says that it is zero here, where the source is, too.
   void trust_zeroes(ByteRange range);
   void count_copied(std::uint64_t sent, std::uint64_t zeroed) {
@@ -177,6 +179,7 @@ class Migration {
   };
 
   void adopt();
+  void adopt_verification();
   // Resumed, and no reason yet to believe that the target still is what it was.
   [[nodiscard]] bool unsure() const { return unproven_ && !verified_ && !options_.trust_target; }
   void lift_suspects();

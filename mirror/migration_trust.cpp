@@ -18,11 +18,27 @@ constexpr Duration verify_pause = std::chrono::seconds(1);
 // What the process before us left: what was clean is held, what was sent may still land.
 void Migration::adopt() {
   resume_.for_each_clean([&](ByteRange r) { map_->set(r, BlockState::synced); });
+  // A write that an earlier migration had under way may have been noted as sent for too long.
+  suspects_.for_each([&](ByteRange r) { map_->set(map_->covering(r), BlockState::stale); });
   resumed_bytes_ = map_->size() - map_->stale_bytes();
   unproven_ = resumed_bytes_ != 0 && !info_.proven;
   sampled_ = !unproven_;
+  adopt_verification();
   context_.notice("resumed: the target holds " + std::to_string(resumed_bytes_) + " bytes, " +
                   std::to_string(map_->stale_bytes()) + " are to be copied");
+}
+
+// What it found, whoever the target is. How far it came, only of the very same target.
+void Migration::adopt_verification() {
+  if (!NBDFERRY_MUTANT(resume_forgets_differences)) differing_bytes_ = resume_.differing();
+  const std::uint64_t mark = resume_.verified();
+  if (resumed_bytes_ == 0 || (unproven_ && !NBDFERRY_MUTANT(resume_verified_another))) {
+    resume_.set_verified(0);
+  } else if (mark == map_->size()) {
+    verified_ = true;
+  } else {
+    verifier_.restore(mark);
+  }
 }
 
 // What older connections hold will not be written, the target says.
@@ -54,7 +70,9 @@ void Migration::distrust(std::uint64_t at) {
       std::to_string(at) + "): copying everything");
   mark_stale({0, map_->size()}, "the target is not what it was");
   resumed_bytes_ = 0;
-  unproven_ = false;
+  unproven_ = verified_ = false;
+  verifier_.forget();
+  resume_.set_verified(0);
 }
 
 // --- for the next restart ---
@@ -110,12 +128,23 @@ void Migration::verify(const Verify& event) {
     return;
   }
   differing_bytes_ = 0;
+  resume_.set_differing(0);
   context_.done(event.command, true);
 }
 
-void Migration::verification_ended(std::uint64_t differing, bool complete) {
-  differing_bytes_ += differing;
-  verified_ = complete && differing == 0;
+// Until somebody has seen it nothing is switched over, not even by another process.
+void Migration::found_difference(std::uint64_t bytes) {
+  differing_bytes_ += bytes;
+  resume_.set_differing(differing_bytes_);
+  if (!NBDFERRY_MUTANT(verify_tells_nobody)) {
+    switchover_.give_up("a verification found a difference");
+  }
+}
+
+void Migration::verified_up_to(std::uint64_t mark) { resume_.set_verified(mark); }
+
+void Migration::verification_ended(bool good) {
+  verified_ = good;
   verify_at_ = context_.now + verify_pause;
 }
 

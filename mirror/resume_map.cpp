@@ -25,7 +25,7 @@ std::uint64_t ResumeMap::words_for(std::uint64_t size) {
 }
 
 std::uint64_t ResumeMap::bytes_for(std::uint64_t size) {
-  return (recent_max + 1 + 2 * words_for(size)) * sizeof(std::uint64_t);
+  return (words_before_bits + 2 * words_for(size)) * sizeof(std::uint64_t);
 }
 
 ResumeMap::ResumeMap(std::span<std::byte> memory, std::uint64_t size) : size_(size) {
@@ -49,6 +49,10 @@ void ResumeMap::set(std::size_t at, ByteRange range, bool on) {
     if (value != word) store(word, value);
     chunk = stop;
   }
+}
+
+void ResumeMap::set_word(std::size_t at, std::uint64_t value) {
+  if (kept() && words_[at] != value) store(words_[at], value);
 }
 
 void ResumeMap::touch(ByteRange range) {

@@ -1,6 +1,6 @@
 // ResumeMap: what a restart of the process may still believe of the target (DESIGN.md, "Restart and
-// resume"). Two bits for each chunk, in memory of the edge's that outlives the process, and the chunks
-// that were flushed last, for a sample.
+// resume"). Two bits for each chunk, in memory of the edge's that outlives the process; the chunks
+// that were flushed last, for a sample; and what verifications have found.
 //
 //   clean  the target holds it, on its medium. Off, so that a fresh page means "copy it", before the
 //          first operation on the chunk, local or on the target; on only when nothing of it is stale,
@@ -64,18 +64,32 @@ class ResumeMap {
   // Chunks that became clean lately, and are.
   [[nodiscard]] Ranges recent() const;
 
+  // Bytes that a verification found to differ, and nobody has acknowledged.
+  [[nodiscard]] std::uint64_t differing() const { return kept() ? words_[differing_at] : 0; }
+  void set_differing(std::uint64_t bytes) { set_word(differing_at, bytes); }
+  // How far the verification of the whole disk has come, all alike; the disk's size when it has ended.
+  [[nodiscard]] std::uint64_t verified() const {
+    return kept() ? std::min(words_[verified_at], size_) : 0;
+  }
+  void set_verified(std::uint64_t mark) { set_word(verified_at, mark); }
+
  private:
   static constexpr std::size_t recent_max = 63;
+  static constexpr std::size_t differing_at = recent_max + 1;
+  static constexpr std::size_t verified_at = differing_at + 1;
+  static constexpr std::size_t words_before_bits = verified_at + 1;
   [[nodiscard]] static std::uint64_t words_for(std::uint64_t size);
-  [[nodiscard]] std::size_t clean_at() const { return recent_max + 1; }
+  [[nodiscard]] std::size_t clean_at() const { return words_before_bits; }
   [[nodiscard]] std::size_t sent_at() const { return clean_at() + words_for(size_); }
   void set(std::size_t at, ByteRange range, bool on);
+  void set_word(std::size_t at, std::uint64_t value);
   template <typename F>
   void for_each_run(std::size_t at, F&& f) const;
   // The first chunk from `chunk` on whose bit is `on`, or the end of the disk's.
   [[nodiscard]] std::uint64_t next(std::size_t at, std::uint64_t chunk, bool on) const;
 
-  std::span<std::uint64_t> words_;  // how many were recent; those; clean; sent
+  // How many were recent; those; differing; verified; clean; sent.
+  std::span<std::uint64_t> words_;
   std::uint64_t size_ = 0;
 };
 

@@ -44,6 +44,8 @@ std::string_view to_string(Command c) {
       return "cache";
     case Command::block_status:
       return "block status";
+    case Command::checksum:
+      return "checksum";
   }
   return "unknown command";
 }

@@ -50,8 +50,9 @@ struct ByteRange {
   friend constexpr bool operator==(const ByteRange&, const ByteRange&) = default;
 };
 
-// What the guest can ask, and what a disk can be asked. WRITE, TRIM and ZERO are "writes".
-enum class Command : std::uint8_t { read, write, trim, zero, flush, cache, block_status };
+// What the guest can ask, and what a disk can be asked. WRITE, TRIM and ZERO are "writes". CHECKSUM is a
+// read of which only 64 bits come back: the same of the same bytes, on every disk that offers it.
+enum class Command : std::uint8_t { read, write, trim, zero, flush, cache, block_status, checksum };
 
 [[nodiscard]] constexpr bool is_write(Command c) {
   return c == Command::write || c == Command::trim || c == Command::zero;

@@ -1,9 +1,10 @@
 // Verifier: compares source and target block by block while the guest writes: all of the disk, or a
-// sample of it.
+// sample of it. By checksums, where the target tells them: what they show to differ, and what the target
+// would not tell, is compared by reading both sides.
 //
 // A difference counts only if no write to the block was admitted, queued or in flight between the
 // start of the first read and the end of the second. What really differs becomes stale, and so
-// heals.
+// heals. How far it has come, and what it found, outlives the process (ResumeMap).
 #pragma once
 
 #include <cstdint>
@@ -27,6 +28,10 @@ class Verifier {
   // Parts of it, each once; says distrust() to the migration at the first difference.
   void sample(const std::vector<ByteRange>& parts);
   void stop(const char* why);  // ends it without a verdict
+  // There is nothing to go on with: all of it, if it comes to that.
+  void forget();
+  // One that a process before us had begun has come so far.
+  void restore(std::uint64_t mark);
 
   [[nodiscard]] bool running() const { return purpose_ != Purpose::none; }
   [[nodiscard]] bool sampling() const { return purpose_ == Purpose::samples; }
@@ -36,20 +41,23 @@ class Verifier {
   // A write of `range` was admitted, or it became stale: comparisons of it do not count.
   void touched(ByteRange range);
 
-  // Starts one comparison if there is one to start and room for it: the bytes that it reads.
+  // Starts one comparison if there is one to start and room for it: the bytes that it brings here.
   std::optional<std::uint64_t> start_one();
   void source_done(SourceDone&& event);
   void target_done(const TargetOp& op, TargetDone&& event);
   void finish_if_done();
+  void tick();
 
  private:
   enum class Purpose : std::uint8_t { none, whole, samples };
   struct Job {
     ByteRange range;
     std::uint32_t tries = 0;
+    bool by_reading = false;  // its checksums say nothing
   };
   struct Comparison {
     Job job;
+    Command command = Command::read;  // on both sides
     OpId source_op{};
     OpId target_op{};
     Purpose purpose = Purpose::none;
@@ -59,15 +67,23 @@ class Verifier {
     bool unreadable = false;  // on the source
     Payload source;
     Payload target;
+    std::uint64_t source_sum = 0;
+    std::uint64_t target_sum = 0;
   };
 
-  [[nodiscard]] std::uint64_t comparison_bytes() const;
+  [[nodiscard]] bool checksums() const;
+  [[nodiscard]] std::uint64_t reading_bytes() const;
+  [[nodiscard]] bool has_room() const;
   [[nodiscard]] std::optional<Job> next_job();
+  void start_on_both(const Job& job, Command command);
   [[nodiscard]] bool quiet(ByteRange range);
   void again(Job job);
   [[nodiscard]] bool left_out(ByteRange range, bool unreadable);
   void compare(Comparison& c);
+  void compare_checksums(const Comparison& c);
   void part_done(std::list<Comparison>::iterator it, IoError error);
+  // Up to here everything has been compared, and was alike.
+  [[nodiscard]] std::uint64_t mark() const;
 
   Migration& m_;
   Purpose purpose_ = Purpose::none;
@@ -78,6 +94,8 @@ class Verifier {
   std::deque<Job> retry_;       // were not quiet, or changed while they were compared …
   std::deque<Job> batch_;       // … and are being tried again
   Time retry_at_{0};            // the next batch
+  Time mark_at_{0};             // when it is remembered again
+  std::uint64_t mark_max_ = 0;  // beyond it something differed, or was never compared
   std::list<Comparison> comparisons_;
   std::uint64_t verified_ = 0;
   std::uint64_t mismatched_ = 0;

@@ -20,6 +20,8 @@ constexpr std::string_view allocation_context = "base:allocation";
 constexpr std::string_view migration_prefix = "x-nbdferry:migration=";
 constexpr std::string_view session_prefix = "x-nbdferry:session=";
 constexpr std::string_view holds_prefix = "x-nbdferry:holds=";
+constexpr std::string_view sum_low_context = "x-nbdferry:xxh3-low";
+constexpr std::string_view sum_high_context = "x-nbdferry:xxh3-high";
 constexpr std::size_t session_max = 64;
 
 std::span<const std::byte> bytes_of(std::string_view text) {
@@ -302,6 +304,8 @@ void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
   reply_value(migration_context_id, migration_prefix, selected.migration);
   reply_value(session_context_id, session_prefix, selected.session);
   reply_value(holds_context_id, holds_prefix, selected.holds);
+  if (selected.sum_low) reply_context(sum_low_context_id, std::string(sum_low_context));
+  if (selected.sum_high) reply_context(sum_high_context_id, std::string(sum_high_context));
   reply(OptionReply::ack);
   if (!set) return;
   negotiated_.contexts = std::move(selected);
@@ -312,6 +316,9 @@ void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
 void Handshake::select(std::string_view query, const Front& front, bool set,
                        Contexts& selected) const {
   if (query == allocation_context || (query == "base:" && !set)) selected.allocation = true;
+  // Anybody's: it tells nothing that can't be read.
+  if (query == sum_low_context) selected.sum_low = true;
+  if (query == sum_high_context) selected.sum_high = true;
   if (query.starts_with(migration_prefix)) {
     const auto value = query.substr(migration_prefix.size());
     // One client, one migration: the first one that is known.

@@ -53,6 +53,8 @@ inline constexpr std::size_t reply_batch_bytes = 32UL * 1024;
 // Descriptors in one reply to BLOCK_STATUS, and what a reply counts for among the bytes in flight.
 inline constexpr std::size_t extents_max = 8192;
 inline constexpr std::uint64_t status_reply_bytes = extents_max * 8;
+// Of what one request can ask a checksum, which is read as a whole.
+inline constexpr std::uint32_t checksum_bytes_max = 1024 * 1024;
 // What a client that has hung up may have left unread and is still looked at (rule 8).
 inline constexpr std::size_t last_words_bytes_max = 16UL * 1024 * 1024;
 // They are all admitted at once, beyond the limits above: more than these are dropped instead.

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "mirror/assert.hpp"
+#include "proxy/checksum.hpp"
 
 namespace nbdferry::proxy {
 
@@ -35,6 +36,16 @@ constexpr int zero_mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
 
 bool is_unsupported(int result) {
   return result == -EOPNOTSUPP || result == -ENOSYS || result == -ENOTTY;
+}
+
+bool reads(Command c) { return c == Command::read || c == Command::checksum; }
+
+void answer_read(Command command, Buffer&& data, mirror::SourceDone& done) {
+  if (command == Command::read) {
+    done.data = std::move(data).freeze();
+  } else {
+    done.checksum = checksum_of(data.bytes());
+  }
 }
 
 // Where the data that begins at `at` ends, or -errno. tmpfs walks page by page to the next hole, with a
@@ -113,7 +124,7 @@ struct LocalDisk::Pending {
   mirror::DiskOp op;
   Step step{};
   RingRequest request;         // the step's, to be repeated when interrupted
-  Buffer buffer;               // read: filled by the kernel
+  Buffer buffer;               // read and checksum: filled by the kernel
   std::uint64_t progress = 0;  // bytes of the range that are read, written or zeroed
   bool changed = true;
   std::vector<Extent> extents;
@@ -153,7 +164,7 @@ bool LocalDisk::submit(mirror::DiskOp&& op, mirror::SourceDone& done) {
   if (answer_at_once(op, done)) return true;
   Buffer buffer;
   std::uint64_t progress = 0;
-  if (op.command == Command::read) {
+  if (reads(op.command)) {
     buffer = Buffer(op.range.length());
     if (read_inline(op, buffer, progress, done)) return true;
   } else if (op.command == Command::write) {
@@ -190,6 +201,7 @@ bool LocalDisk::answer_at_once(const mirror::DiskOp& op, mirror::SourceDone& don
       return disk_.block_device;
     case Command::read:
     case Command::write:
+    case Command::checksum:
       return false;
   }
   return false;
@@ -209,7 +221,7 @@ bool LocalDisk::read_inline(const mirror::DiskOp& op, Buffer& buffer, std::uint6
   }
   progress = n < 0 ? 0 : static_cast<std::uint64_t>(n);
   if (progress < length) return false;
-  done.data = std::move(buffer).freeze();
+  answer_read(op.command, std::move(buffer), done);
   return true;
 }
 
@@ -281,6 +293,7 @@ LocalDisk::Pending& LocalDisk::take(mirror::DiskOp&& op) {
 void LocalDisk::begin(Pending& p) {
   switch (p.op.command) {
     case Command::read:
+    case Command::checksum:
       start(p, Step::transfer);
       break;
     case Command::write:
@@ -315,7 +328,7 @@ void LocalDisk::start(Pending& p, Step step) {
   switch (step) {
     case Step::transfer: {
       const auto left = range.length() - p.progress;
-      if (p.op.command == Command::read) {
+      if (reads(p.op.command)) {
         start_transfer(p, p.buffer.data() + p.progress, nullptr, left);
       } else {
         start_transfer(p, nullptr, p.op.payload.data() + p.progress, left);
@@ -429,8 +442,8 @@ void LocalDisk::finish(Pending& p, IoError error) {
   done.id = p.op.id;
   done.error = error;
   done.changed = p.changed;
-  if (p.op.command == Command::read && error == IoError::none) {
-    done.data = std::move(p.buffer).freeze();
+  if (reads(p.op.command) && error == IoError::none) {
+    answer_read(p.op.command, std::move(p.buffer), done);
   }
   done.extents = std::exchange(p.extents, {});
   if (is_write(p.op.command)) --writes_in_flight_;

@@ -1,6 +1,8 @@
 // Requests judged without a socket.
 #include "proxy/nbd_request.hpp"
 
+#include <algorithm>
+
 #include "proxy/limits.hpp"
 
 namespace nbdferry::proxy::nbd {
@@ -33,8 +35,15 @@ bool is_write(RequestType type) {
          type == RequestType::write_zeroes;
 }
 
+std::uint32_t checksum_bytes(const Request& request) {
+  const bool one = request.type == RequestType::block_status && (request.flags & cmd_req_one) != 0;
+  return one ? std::min(request.length, limits::checksum_bytes_max) : 0;
+}
+
 std::uint64_t bytes_held(const Request& request) {
-  if (request.type == RequestType::block_status) return limits::status_reply_bytes;
+  if (request.type == RequestType::block_status) {
+    return std::max<std::uint64_t>(limits::status_reply_bytes, checksum_bytes(request));
+  }
   return moves_data(request.type) ? request.length : 0;
 }
 

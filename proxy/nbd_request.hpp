@@ -21,6 +21,9 @@ struct Rights {
 
 [[nodiscard]] bool is_write(RequestType type);
 
+// What a BLOCK_STATUS with REQ_ONE wants a checksum of, where one was negotiated: a prefix of its range.
+[[nodiscard]] std::uint32_t checksum_bytes(const Request& request);
+
 // What a request makes us hold in memory, beside its administration.
 [[nodiscard]] std::uint64_t bytes_held(const Request& request);
 

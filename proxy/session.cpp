@@ -170,6 +170,9 @@ void Session::enter_transmission() {
   if (!contexts.migration.empty()) private_contexts_.push_back(migration_context_id);
   if (!contexts.session.empty()) private_contexts_.push_back(session_context_id);
   if (!contexts.holds.empty()) private_contexts_.push_back(holds_context_id);
+  if (contexts.sum_low) private_contexts_.push_back(sum_low_context_id);
+  if (contexts.sum_high) private_contexts_.push_back(sum_high_context_id);
+  checksums_ = contexts.sum_low || contexts.sum_high;
   rights_.structured_replies = negotiated.structured_replies;
   rights_.block_status = allocation_ || !private_contexts_.empty();
   number_ = front_->attach(*this, {contexts.migration, contexts.session});
@@ -285,6 +288,10 @@ void Session::admit(const nbd::Request& request, Payload payload) {
   guest.id = make_request_id(number_, slot);
   guest.command = command_of(request.type);
   guest.range = {request.offset, request.offset + request.length};
+  if (checksums_ && nbd::checksum_bytes(request) != 0) {
+    guest.command = Command::checksum;
+    guest.range.end = request.offset + nbd::checksum_bytes(request);
+  }
   guest.payload = std::move(payload);
   guest.fua = nbd::is_write(request.type) && (request.flags & nbd::cmd_fua) != 0;
   guest.no_hole = (request.flags & nbd::cmd_no_hole) != 0;

@@ -118,8 +118,7 @@ class Session final : public ReplySink, public std::enable_shared_from_this<Sess
   void refuse(const nbd::Request& request, IoError error);
   void answer(const nbd::Request& request, mirror::Reply&& reply, Credit credit);
   void answer_read(const nbd::Request& request, Payload data, Credit credit);
-  void answer_block_status(const nbd::Request& request, const std::vector<Extent>& extents,
-                           Credit credit);
+  void answer_block_status(const nbd::Request& request, const mirror::Reply& reply, Credit credit);
   void push(const MessageHead& head, Payload payload, Credit credit);
   void send();
   void take_back(const Credit& credit);
@@ -144,6 +143,7 @@ class Session final : public ReplySink, public std::enable_shared_from_this<Sess
   nbd::Rights rights_;
   bool allocation_ = false;                      // contexts in BLOCK_STATUS replies …
   std::vector<std::uint32_t> private_contexts_;  // … and their ids
+  bool checksums_ = false;                       // one of these is of them
 
   InputBuffer input_;
   LargeWrite large_write_;

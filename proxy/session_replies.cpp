@@ -96,7 +96,7 @@ void Session::answer(const nbd::Request& request, mirror::Reply&& reply, Credit 
   } else if (request.type == RequestType::read) {
     answer_read(request, std::move(reply.data), credit);
   } else if (request.type == RequestType::block_status) {
-    answer_block_status(request, reply.extents, credit);
+    answer_block_status(request, reply, credit);
   } else {
     push(simple_reply(request, 0), {}, credit);
   }
@@ -117,20 +117,34 @@ void Session::answer_read(const nbd::Request& request, Payload data, Credit cred
   }
 }
 
-// One chunk for each selected context. The private ones have nothing to tell: all blocks are alike.
-void Session::answer_block_status(const nbd::Request& request, const std::vector<Extent>& extents,
+// One chunk for each selected context. Most of the private ones have nothing to tell: all blocks are
+// alike. Those of a checksum tell half of it each; then nothing is known of the allocation.
+void Session::answer_block_status(const nbd::Request& request, const mirror::Reply& reply,
                                   Credit credit) {
-  const auto push_context = [&](std::uint32_t id, const std::vector<Extent>& of, bool last) {
-    const auto bytes = descriptors(request, of);
+  const std::uint32_t summed = checksums_ ? nbd::checksum_bytes(request) : 0;
+  const std::uint32_t length = summed != 0 ? summed : request.length;
+  const auto push_context = [&](std::uint32_t id, std::span<const std::byte> bytes, bool last) {
     push(chunk(request, nbd::Chunk::block_status, last ? nbd::reply_done : std::uint16_t{0},
                sizeof id + bytes.size())
              .add(id),
          Payload::copy_of(bytes), last ? credit : Credit{});
   };
+  const auto one = [&](std::uint32_t flags) {
+    std::vector<std::byte> bytes;
+    nbd::append(bytes, length);
+    nbd::append(bytes, flags);
+    return bytes;
+  };
   std::size_t left = private_contexts_.size();
-  if (allocation_) push_context(allocation_context_id, extents, left == 0);
+  if (allocation_) {
+    push_context(allocation_context_id, summed != 0 ? one(0) : descriptors(request, reply.extents),
+                 left == 0);
+  }
   for (const std::uint32_t id : private_contexts_) {
-    push_context(id, {{request.length, false, false}}, --left == 0);
+    std::uint32_t flags = 0;
+    if (id == sum_low_context_id) flags = static_cast<std::uint32_t>(reply.checksum);
+    if (id == sum_high_context_id) flags = static_cast<std::uint32_t>(reply.checksum >> 32);
+    push_context(id, one(flags), --left == 0);
   }
 }
 

@@ -9,7 +9,7 @@ packages_for() {
   case $1 in
     build)
       printf '%s\n' g++ cmake ninja-build pkg-config python3 libnbd-dev libfmt-dev doctest-dev \
-        liburing-dev libcli11-dev libssl-dev
+        liburing-dev libxxhash-dev libcli11-dev libssl-dev
       # Debian 12's plain libboost-dev is older than what we need, later releases' is newer.
       if apt-cache show libboost-json1.81-dev >/dev/null 2>&1; then
         printf '%s\n' libboost1.81-dev libboost-json1.81-dev

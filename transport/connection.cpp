@@ -161,7 +161,9 @@ bool Connection::add_private_contexts() {
     return nbd_add_meta_context(handle_, private_context(name, value).c_str()) == 0;
   };
   return add("migration", options_.migration_id) && add("session", options_.session) &&
-         add("holds", options_.migration_id);
+         add("holds", options_.migration_id) &&
+         nbd_add_meta_context(handle_, sum_low_context) == 0 &&
+         nbd_add_meta_context(handle_, sum_high_context) == 0;
 }
 
 void Connection::learn_offer() {
@@ -194,6 +196,8 @@ void Connection::learn_offer() {
   info.incoming = accepted("migration", options_.migration_id);
   info.fenced = info.incoming && accepted("session", options_.session);
   info.proven = info.incoming && accepted("holds", options_.migration_id);
+  info.can_checksum = nbd_can_meta_context(handle_, sum_low_context) == 1 &&
+                      nbd_can_meta_context(handle_, sum_high_context) == 1;
 }
 
 std::string Connection::why_dead() const {

@@ -2,7 +2,6 @@
 #include "transport/flight.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <new>
 
 #include <sys/mman.h>
@@ -62,12 +61,19 @@ Answer Connection::Flight::finish(IoError result) {
   if (result == IoError::none) {
     a.done.data = std::move(buffer).freeze();
     a.done.extents = std::move(extents);
+    a.done.checksum = std::uint64_t{sum_high.value_or(0)} << 32 | sum_low.value_or(0);
+    // Of another range than was asked for, or not told at all.
+    if (op.command == Command::checksum && !(sum_low && sum_high)) {
+      a.done.error = IoError::not_supported;
+    }
     a.sent_bytes = sent_bytes;
     const bool data = op.command == Command::read || op.command == Command::write;
     if (data && op.range.length() <= small_request_bytes) a.latency = Clock::now() - started;
   }
   buffer = {};
   extents = {};
+  sum_low.reset();
+  sum_high.reset();
   op.payload = {};
   busy = false;
   return a;
@@ -96,6 +102,17 @@ void add_extents(const ByteRange& range, const std::uint32_t* entries, std::size
 }
 
 }  // namespace
+
+void Connection::Flight::note_status(std::string_view context, const std::uint32_t* entries,
+                                     std::size_t count) {
+  if (op.command == Command::block_status) {
+    if (context == LIBNBD_CONTEXT_BASE_ALLOCATION) add_extents(op.range, entries, count, extents);
+    return;
+  }
+  if (count != 2 || entries[0] != op.range.length()) return;
+  if (context == sum_low_context) sum_low = entries[1];
+  if (context == sum_high_context) sum_high = entries[1];
+}
 
 // Returns libnbd's cookie, or -1: not sent, and the callback will not be called.
 std::int64_t Connection::issue(Flight& flight) {
@@ -131,18 +148,17 @@ std::int64_t Connection::issue(Flight& flight) {
       return nbd_aio_trim(handle_, length, op.range.begin, completion, fua);
     case Command::flush:
       return nbd_aio_flush(handle_, completion, 0);
-    case Command::block_status: {
+    case Command::block_status:
+    case Command::checksum: {
       const auto extent =
           nbd_extent_callback{[](void* user, const char* context, std::uint64_t,
                                  std::uint32_t* entries, std::size_t count, int*) {
-                                auto* f = static_cast<Flight*>(user);
-                                if (std::strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0) {
-                                  add_extents(f->op.range, entries, count, f->extents);
-                                }
+                                static_cast<Flight*>(user)->note_status(context, entries, count);
                                 return 0;
                               },
                               &flight, nullptr};
-      return nbd_aio_block_status(handle_, length, op.range.begin, extent, completion, 0);
+      const std::uint32_t one = op.command == Command::checksum ? LIBNBD_CMD_FLAG_REQ_ONE : 0;
+      return nbd_aio_block_status(handle_, length, op.range.begin, extent, completion, one);
     }
     case Command::cache:
       break;

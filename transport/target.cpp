@@ -68,7 +68,7 @@ std::string new_session() {
 bool same(const mirror::TargetInfo& a, const mirror::TargetInfo& b) {
   const auto key = [](const mirror::TargetInfo& i) {
     return std::tuple(i.size, i.block_min, i.payload_max, i.read_only, i.can_flush, i.can_fua,
-                      i.can_trim, i.can_zero, i.has_allocation);
+                      i.can_trim, i.can_zero, i.has_allocation, i.can_checksum);
   };
   return key(a) == key(b);
 }
@@ -372,6 +372,10 @@ bool State::answer_here(const mirror::DiskOp& op) {
     case Command::block_status:
       if (offer_.info.has_allocation) return false;
       done.extents.push_back({op.range.length(), false, false});
+      break;
+    case Command::checksum:
+      if (offer_.info.can_checksum) return false;
+      done.error = IoError::not_supported;
       break;
     case Command::trim:
       if (offer_.info.can_trim) return false;

@@ -36,8 +36,9 @@ std::string option(std::uint32_t number, const std::string& data) {
 }
 
 std::string handshake() {
-  return wire(3U) + option(8, "") + option(10, context_request("", {"base:allocation"})) +
-         option(7, info_request(""));
+  const auto contexts =
+      context_request("", {"base:allocation", "x-nbdferry:xxh3-low", "x-nbdferry:xxh3-high"});
+  return wire(3U) + option(8, "") + option(10, contexts) + option(7, info_request(""));
 }
 
 // Takes whole messages off the front; what is left must be the start of one (the server may have
@@ -139,6 +140,7 @@ std::vector<std::vector<std::uint8_t>> seeds() {
        {Type::read, Type::trim, Type::cache, Type::write_zeroes, Type::block_status, Type::flush}) {
     requests += request_header(type, 4096, type == Type::flush ? 0 : 8192, 0, 77);
   }
+  requests += request_header(Type::block_status, 100, 100'000, nbd::cmd_req_one, 78);
   for (const std::uint32_t length : {0U, 1U, 4096U, 20'000U}) {
     requests += request_header(Type::write, 512, length, 1) + std::string(length, 'w');
   }

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 
 NBDFERRY = os.environ["NBDFERRY"]
@@ -227,6 +228,35 @@ class Load:
         text = self.scratch.log(self.name)
         check(code == 0, f"the load failed: {text}")
         return json.loads(text.splitlines()[-1])
+
+
+class Counted:
+    """A way to a unix socket that counts what passes, in both directions together."""
+
+    def __init__(self, scratch, to, name="counted"):
+        self.to, self.bytes, self.lock = to, 0, threading.Lock()
+        path = scratch.file(name + ".sock")
+        self.uri = unix_uri(path)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            near, _ = self.listener.accept()
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(self.to)
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self.pump, args=(a, b), daemon=True).start()
+
+    def pump(self, a, b):
+        with contextlib.suppress(OSError):
+            while data := a.recv(256 * 1024):
+                with self.lock:
+                    self.bytes += len(data)
+                b.sendall(data)
+            b.shutdown(socket.SHUT_RDWR)
 
 
 # --- target servers -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What an operator does, under a guest's load. usage: operate.py steps|verify|incoming|stop|curl"""
+"""What an operator does, under a guest's load. usage: operate.py
+steps|verify|checksums|incoming|stop|curl"""
 import json
 import os
 import signal
@@ -79,6 +80,45 @@ def verify(scratch):
     load.end()
     disk.stop()
     ferry.same(image, target, "healed")
+
+
+def checksums(scratch):
+    """A nbdferry target is asked for checksums: hardly anything travels, and a difference is found."""
+    image = scratch.disk("source.img")
+    target = scratch.file("target.img")
+    there = ferry.Ferry(scratch, target, "--incoming", "--create", "64M", name="there")
+    wire = ferry.Counted(scratch, there.socket)
+    disk = ferry.Ferry(scratch, image)
+    disk.ok("migrate", "--wait", wire.uri)
+
+    def moved(verify, code):
+        before = wire.bytes
+        result = disk.run(*verify)
+        check(result.returncode == code, f"verify: {result.returncode}: {result.stderr}")
+        return wire.bytes - before
+
+    whole = moved(["verify"], 0)
+    check(disk.status()["verified_bytes"] == 64 * MIB, f"all of it: {disk.status()}")
+    check(whole < 64 * MIB / 100, f"{whole} bytes moved, of 64 MiB")
+    damage = os.urandom(100 * 1024)
+    with open(target, "r+b") as f:
+        f.seek(33 * MIB + 4096)
+        f.write(damage)
+    part = moved(["verify"], 1)
+    check(part < 64 * MIB / 20, f"{part} bytes moved to find 100 KiB")
+    check(disk.status()["mismatched_bytes"] == len(damage), f"all of it is found: {disk.status()}")
+    ferry.wait_until(lambda: disk.status()["in_sync"], "healed")
+    load = ferry.Load(scratch, disk.uri, image, "--rate", "500", "--until-shutdown")
+    disk.ok("verify")
+    disk.ok("verify", "--acknowledge")
+    disk.ok("switch", "--release")
+    ferry.wait_until(lambda: load.process.poll() is not None, "the guest learns of the release")
+    load.end()
+    there.ok("promote")
+    disk.stop()
+    there.stop()
+    ferry.same(image, target, "healed")
+    ferry.same(load.shadow, target, "the target against what the guest wrote")
 
 
 def writable(uri):
@@ -177,8 +217,8 @@ def curl(scratch):
 
 def main(what):
     with ferry.Scratch() as scratch:
-        {"steps": steps, "verify": verify, "incoming": incoming, "stop": stop,
-         "curl": curl}[what](scratch)
+        {"steps": steps, "verify": verify, "checksums": checksums, "incoming": incoming,
+         "stop": stop, "curl": curl}[what](scratch)
 
 
 main(*sys.argv[1:])

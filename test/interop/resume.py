@@ -144,6 +144,32 @@ def incoming(rig):
     there.stop()
 
 
+def differing(rig):
+    """A verification found a difference, and we were killed: the switchover waits for the operator."""
+    os.unlink(rig.target)
+    there = ferry.Ferry(rig.scratch, rig.target, "--incoming", "--create", str(SIZE), "--state",
+                        rig.state, name="there")
+    rig.serve()
+    rig.disk.ok("migrate", "--wait", there.uri)
+    with open(rig.target, "r+b") as f:
+        f.seek(5 * MIB)
+        f.write(bytes(4096))
+    check(rig.disk.run("verify").returncode == 1, "the difference is found")
+
+    def restart():
+        rig.kill()
+        rig.serve()
+        ferry.wait_until(lambda: resumed(rig)["in_sync"], "to be in sync")
+
+    restart()
+    rig.disk.fails("switch", "--release", because="acknowledge")
+    rig.disk.ok("verify", "--acknowledge")
+    restart()
+    rig.finish(verify=False)
+    there.ok("promote")
+    there.stop()
+
+
 def stopped(rig):
     """SIGTERM, and the next one goes on: an upgrade. Nothing is in quarantine, little is left."""
     uri = ferry.nbdkit(rig.scratch, "file", rig.target)
@@ -305,8 +331,8 @@ def nowhere(rig):
 
 def main(case):
     with ferry.Scratch() as scratch, state_directory() as state:
-        {f.__name__: f for f in (killed, incoming, stopped, options, paused, touched, replaced, failed, pivoted,
-                                 leaving, nowhere)}[case](Rig(scratch, state))
+        {f.__name__: f for f in (killed, incoming, differing, stopped, options, paused, touched, replaced, failed,
+                                 pivoted, leaving, nowhere)}[case](Rig(scratch, state))
         check(not os.listdir(state) or case in ("pivoted", "leaving"), f"left: {os.listdir(state)}")
 
 

@@ -7,8 +7,8 @@ namespace nbdferry::sim {
 Flight::Flight(mirror::DiskOp op, IoError error, bool inert, const DiskImage& image)
     : op_(std::move(op)), error_(error), inert_(inert) {
   if (op_.command == Command::flush) covered_ = image.begin_flush();
-  if (op_.command == Command::read) data_ = Buffer(op_.range.length());
-  if (!writes() && op_.command != Command::read) return;
+  if (reads()) data_ = Buffer(op_.range.length());
+  if (!writes() && !reads()) return;
   first_unit_ = op_.range.begin / unit_size;
   unit_count_ = (op_.range.end + unit_size - 1) / unit_size - first_unit_;
   left_.assign((unit_count_ + 63) / 64, ~std::uint64_t{0});
@@ -18,7 +18,7 @@ Flight::Flight(mirror::DiskOp op, IoError error, bool inert, const DiskImage& im
 void Flight::touch(DiskImage& image, std::uint64_t unit) {
   const ByteRange part = op_.range.intersect({unit * unit_size, (unit + 1) * unit_size});
   const std::uint64_t at = part.begin - op_.range.begin;
-  if (op_.command == Command::read) {
+  if (reads()) {
     std::memcpy(data_.data() + at, image.current() + part.begin, part.length());
   } else {
     image.write(part, op_.command == Command::write ? op_.payload.data() + at : nullptr);
@@ -52,6 +52,18 @@ void Flight::finish(DiskImage& image, bool forgetful, Prng& prng) {
   if (inert_ || error_ != IoError::none) return;
   touch_some(image, ~std::uint64_t{0}, prng);
   if (writes() && op_.fua) image.write_back(op_.range);
+}
+
+// Any will do that tells different bytes apart; this one takes eight at a time.
+std::uint64_t Flight::checksum() const {
+  std::uint64_t sum = 0;
+  for (std::size_t at = 0; at < data_.size(); at += sizeof sum) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, data_.data() + at, std::min(sizeof word, data_.size() - at));
+    sum = (sum ^ word) * 0x9e3779b97f4a7c15;
+    sum ^= sum >> 29;
+  }
+  return sum;
 }
 
 bool Flight::haunt(DiskImage& image, Prng& prng) {

@@ -21,6 +21,9 @@ class Flight {
 
   [[nodiscard]] const mirror::DiskOp& op() const { return op_; }
   [[nodiscard]] bool writes() const { return is_write(op_.command); }
+  [[nodiscard]] bool reads() const {
+    return op_.command == Command::read || op_.command == Command::checksum;
+  }
 
   // Some of the units that are left, by chance.
   void progress(DiskImage& image, Prng& prng);
@@ -41,6 +44,7 @@ class Flight {
   [[nodiscard]] IoError error() const { return error_; }
   [[nodiscard]] bool changed() const { return !inert_; }
   [[nodiscard]] Payload take_data() { return std::move(data_).freeze(); }
+  [[nodiscard]] std::uint64_t checksum() const;
 
   // Block status, truthful at the moment it is made: runs of at least `grain`, a prefix at times.
   // `vague`: a hole need not read as zeroes, zeroes need not be seen. `lagging`: units of which
@@ -63,7 +67,7 @@ class Flight {
   std::uint64_t first_unit_ = 0;
   std::uint64_t unit_count_ = 0;
   std::vector<std::uint64_t> left_;  // a bit for each unit that is not done
-  Buffer data_;
+  Buffer data_;                      // read, or of which the checksum is made
   std::vector<Extent> extents_;
   DiskImage::Covered covered_;  // flush
 };

@@ -35,6 +35,7 @@ void choose_limits(Setup& s, Prng& prng) {
   l.write_piece_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib});
   l.zero_piece_bytes = prng.pick({64 * kib, 128 * kib, 256 * kib});
   l.verify_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib});
+  l.checksum_bytes = prng.pick({64 * kib, 128 * kib, 256 * kib});
   l.flush_bytes = prng.pick({16 * kib, 64 * kib, 1024 * kib});
   l.flush_period = std::chrono::milliseconds(prng.pick({5, 20, 100, 1000}));
   l.flush_period_level = l.flush_period;
@@ -55,6 +56,7 @@ void choose_target(Setup& s, Prng& prng) {
   t.can_trim = prng.chance(1, 2);
   t.can_zero = prng.chance(2, 3);
   t.has_allocation = prng.chance(1, 2);
+  t.can_checksum = prng.chance(1, 2);
   s.connections = prng.pick({1U, 2U, 4U});
   s.window_ops = prng.pick({1U, 2U, 4U, 16U});
   s.window_bytes = prng.pick({4 * kib, 16 * kib, 64 * kib, 256 * kib});

@@ -38,8 +38,8 @@ bool SourceModel::submit(mirror::DiskOp&& op) {
   if (is_write(op.command)) mended_ = set_read_failed(op.range, false) || mended_;
   bool beside_read = false;
   for (const auto& f : flights_) {
-    beside_read = beside_read || (is_write(op.command) && f.op().command == Command::read &&
-                                  f.op().range.overlaps(op.range));
+    beside_read =
+        beside_read || (is_write(op.command) && f.reads() && f.op().range.overlaps(op.range));
   }
   IoError error = IoError::none;
   bool inert = op.command == Command::trim && prng_.chance(1, 4);
@@ -68,7 +68,7 @@ mirror::SourceDone SourceModel::complete() {
   const auto& op = f.op();
   last_ = op;
   for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u) {
-    if (op.command == Command::read && unreadable_[u]) f.fail(IoError::io);
+    if (f.reads() && unreadable_[u]) f.fail(IoError::io);
   }
   f.finish(image, false, prng_);  // the guest learns of a failed flush: it is the guest's to act
 
@@ -79,12 +79,13 @@ mirror::SourceDone SourceModel::complete() {
       --unreadable_count_;
     }
   }
-  if (op.command == Command::read && f.error() != IoError::none) {
+  if (f.reads() && f.error() != IoError::none) {
     const std::uint64_t block = std::max<std::uint64_t>(block_size_min, setup_.target.block_min);
     if (op.range.length() <= block) (void)set_read_failed(op.range, true);
   }
   if (f.error() != IoError::none) return done;
   if (op.command == Command::read) done.data = f.take_data();
+  if (op.command == Command::checksum) done.checksum = f.checksum();
   if (op.command == Command::block_status) {
     f.make_extents(image, unit_size, false, nullptr, prng_);
     done.extents = std::move(f.extents());

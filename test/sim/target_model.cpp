@@ -97,6 +97,10 @@ void TargetModel::check(const mirror::DiskOp& op) const {
         op.as_data ? std::uint64_t{info.payload_max} : setup_.engine.limits.zero_piece_bytes;
     require(op.range.length() <= limit, "target: {} is longer than {}", op, limit);
   }
+  if (op.command == Command::checksum) {
+    require(can_checksum_, "target: {} is not offered", op);
+    require(op.range.length() <= setup_.engine.limits.checksum_bytes, "target: {} is too long", op);
+  }
   const std::uint64_t align = std::max<std::uint64_t>(info.block_min, block_size_min);
   for (const auto& f : flights_) {
     require(!f.op().range.widened(align).overlaps(op.range.widened(align)),
@@ -120,6 +124,7 @@ void TargetModel::submit(mirror::DiskOp&& op) {
     error = setup_.zeroes_fail;
     cases_.saw(Case::zeroes_failed);
   }
+  if (op.command == Command::checksum && prng_.chance(1, 8)) error = IoError::not_supported;
   bytes_in_flight_ += window_cost(op);
   if (is_write(op.command)) {
     for (std::uint64_t u = op.range.begin / unit_size; u * unit_size < op.range.end; ++u)
@@ -144,6 +149,8 @@ mirror::TargetUp TargetModel::come_up() {
       healthy_ ? setup_.connections : static_cast<unsigned>(prng_.between(1, setup_.connections));
   const auto w = window();
   mirror::TargetInfo info = setup_.target;
+  // It may come back as another version.
+  info.can_checksum = can_checksum_ = info.can_checksum && !prng_.chance(1, 8);
   if (setup_.fences) {
     // What older connections hold is written before anything newer, or never.
     for (auto& z : zombies_) {
@@ -213,6 +220,7 @@ mirror::TargetDone TargetModel::answer(Time now) {
   if (f.writes()) written(f);
   if (f.op().command == Command::flush) sheltered_ = false;
   if (f.op().command == Command::read) done.data = f.take_data();
+  if (f.op().command == Command::checksum) done.checksum = f.checksum();
   if (f.op().command == Command::block_status) {
     if (setup_.target.has_allocation) {
       f.make_extents(image, setup_.target.block_min, true, setup_.status_lags ? &ours_ : nullptr,

@@ -113,7 +113,8 @@ class TargetModel {
   bool healthy_ = false;
   bool sheltered_ = false;
   bool replaced_ = false;  // since the state began
-  bool used_ = false;      // opened before: it may hold another migration's data
+  bool can_checksum_ = false;
+  bool used_ = false;  // opened before: it may hold another migration's data
   unsigned living_ = 0;
   std::uint64_t losses_ = 0;
   std::uint64_t event_ = 0;

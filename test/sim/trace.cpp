@@ -33,7 +33,8 @@ struct EventText {
     return fmt::format("target up: window {} ops {} bytes, block_min {} payload_max {}{}{}{}{}",
                        e.window_ops, e.window_bytes, e.info.block_min, e.info.payload_max,
                        e.info.can_flush ? " flush" : "", e.info.can_zero ? " zero" : "",
-                       e.info.can_trim ? " trim" : "", e.info.has_allocation ? " allocation" : "");
+                       e.info.can_trim ? " trim" : "", e.info.has_allocation ? " allocation" : "") +
+           (e.info.can_checksum ? " checksum" : "") + (e.info.proven ? " proven" : "");
   }
   S operator()(const mirror::TargetWindow& e) const {
     return fmt::format("target window: {} ops {} bytes", e.window_ops, e.window_bytes);

@@ -78,6 +78,24 @@ void World::answer_target() {
   apply(std::move(done));
 }
 
+void World::come_up() {
+  const bool first = status_.resumed && status_.phase == Phase::connecting;
+  TargetUp up = target_.come_up();
+  const bool proven = up.info.proven;
+  apply(std::move(up));
+  if (!first || proven || status_.resumed_bytes == 0) return;
+  unproven_ = true;
+  require(status_.verified_bytes == 0, "what was verified on another target, perhaps, counts");
+}
+
+// All of it, since this process met the target.
+void World::verified(const std::string& text) {
+  if (text.find("bytes compared, 0 differed") != std::string::npos &&
+      text.find("never quiet") == std::string::npos) {
+    unproven_ = false;
+  }
+}
+
 void World::write_record(bool ok) {
   const SwitchKind kind = *record_;
   record_.reset();
@@ -163,6 +181,7 @@ CommandId World::start(const MigrateOptions& options, bool resumed) {
     swapped_ = swapped_ || another_target_;
   } else {
     target_.met();
+    unacknowledged_ = false;
     next_state_.assign(ResumeMap::bytes_for(setup_.engine.size) / sizeof(std::uint64_t), 0);
   }
   options_ = options;
@@ -248,6 +267,8 @@ void World::act(WriteRecord& a) {
           (setup_.target.can_flush && setup_.target.block_min <= setup_.engine.promised_block_min),
       "a pivot to a target that does not keep the promise to the guest");
   record_ = a.kind;
+  require(!unacknowledged_, "a switchover, though a verification found a difference");
+  require(!unproven_, "a switchover to a target that might be another one");
   check_identical("at the commit", setup_.target.can_flush, false);
 }
 
@@ -259,11 +280,14 @@ void World::act(CommandDone& a) {
   commands_.erase(it);
   last_command_ok_ = a.ok;
   last_message_ = a.message;
+  verified(a.message);
   // Once the record is being written a repeated prepare is answered without a look at the target,
   // which may have been lost since.
   if (command.kind == Event(Prepare{}).index() && a.ok && serving_ == Serving::source && !record_) {
     prepared_since_.reset();
     check_identical("when prepared", false, true);
+  } else if (command.kind == Event(Verify{}).index() && a.ok && a.message.empty()) {
+    unacknowledged_ = false;
   } else if (command.kind == Event(Verify{}).index()) {
     const bool complete = a.message.find("compared") != std::string::npos &&
                           a.message.find("never quiet") == std::string::npos &&
@@ -287,6 +311,9 @@ void World::check_status() {
   require(s.serving == serving_, "the core and the record disagree on who serves");
   guest_.after_event(s.mode == Mode::async && s.pacing_delay == Duration{0}, serving_);
   require(s.mismatched_bytes == 0 || setup_.corruption || swapped_, "verify: a false alarm");
+  unproven_ = unproven_ && s.resumed_bytes != 0;
+  unacknowledged_ = unacknowledged_ || s.mismatched_bytes > mismatched_;
+  mismatched_ = s.mismatched_bytes;
 
   const bool level = s.phase == Phase::prepared || s.phase == Phase::sealed;
   require(!level || s.suspect_bytes == 0, "prepared with suspects");

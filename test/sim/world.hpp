@@ -48,7 +48,7 @@ class World {
   }
   void complete_source();
   void answer_target();
-  void come_up() { apply(target_.come_up()); }
+  void come_up();
   void write_record(bool ok);
   [[nodiscard]] bool may_crash() const;
   // The process is killed, and started again: with what the record says, and the state.
@@ -101,11 +101,12 @@ class World {
   void act(mirror::CommandDone& a);
   void act(mirror::Ended&) { running_ = false; }
   void act(mirror::LetGo& a);
-  void act(mirror::Notice&) {}
+  void act(mirror::Notice& a) { verified(a.text); }
 
   void switched_over(mirror::SwitchKind kind);
   void set(mirror::Set&& event);
   void limit_bandwidth(std::uint64_t rate);
+  void verified(const std::string& text);
   void check_status();
   void check_sync_entry(mirror::Mode before);
   void check_times();
@@ -145,6 +146,9 @@ class World {
 
   std::uint64_t last_command_ = 0;
   std::map<CommandId, OpenCommand> commands_;
+  std::uint64_t mismatched_ = 0;  // by the verification, so far
+  bool unacknowledged_ = false;   // a difference that nobody has seen: nothing is switched over
+  bool unproven_ = false;         // resumed, to a target of which nothing but a sample is known
   bool last_command_ok_ = false;
   std::string last_message_;
   std::optional<Time> hold_since_;

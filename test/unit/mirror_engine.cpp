@@ -460,7 +460,7 @@ TEST_CASE("pivoted: a target that was promoted meanwhile is another guest's") {
 TEST_CASE("everything has a name") {
   for (int i = 0; i <= static_cast<int>(IoError::lost); ++i)
     CHECK_FALSE(to_string(static_cast<IoError>(i)).empty());
-  for (int i = 0; i <= static_cast<int>(Command::block_status); ++i)
+  for (int i = 0; i <= static_cast<int>(Command::checksum); ++i)
     CHECK_FALSE(to_string(static_cast<Command>(i)).empty());
   for (int i = 0; i <= static_cast<int>(Mode::automatic); ++i)
     CHECK_FALSE(to_string(static_cast<Mode>(i)).empty());

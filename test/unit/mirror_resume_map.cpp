@@ -38,6 +38,9 @@ TEST_CASE("resume map: without memory nothing is kept") {
   CHECK(map.sent().empty());
   CHECK(map.recent().empty());
   CHECK_FALSE(map.is_clean({0, 1}));
+  map.set_differing(1);
+  map.set_verified(1);
+  CHECK(map.differing() + map.verified() == 0);
 }
 
 TEST_CASE("resume map: it is in its memory, and another one finds it there") {
@@ -63,12 +66,29 @@ TEST_CASE("resume map: what became clean last is remembered, as long as it is") 
   for (const auto& r : recent) CHECK((r.begin >= chunks(137) && r.end <= chunks(199)));
 }
 
+TEST_CASE("resume map: what verifications have found is in it, apart from the chunks") {
+  const std::uint64_t size = chunks(130) + 5;
+  Memory m(size);
+  CHECK(m.map.differing() == 0);
+  CHECK(m.map.verified() == 0);
+  m.map.set_differing(4096);
+  m.map.set_verified(chunks(7));
+  m.map.touch({0, size});
+  const ResumeMap next(m.bytes(), size);
+  CHECK(next.differing() == 4096);
+  CHECK(next.verified() == chunks(7));
+  CHECK(clean_runs(next).empty());
+  CHECK(next.sent().empty());
+  CHECK(next.recent().empty());
+}
+
 TEST_CASE("resume map: bits beyond the disk's end, in memory that was tampered with, are none") {
   Memory m(chunks(3));
   for (auto& word : m.words) word = ~std::uint64_t{0};
   CHECK(clean_runs(m.map) == Ranges{{0, chunks(3)}});
   CHECK(m.map.sent() == Ranges{{0, chunks(3)}});
   CHECK(m.map.recent().empty());
+  CHECK(m.map.verified() == chunks(3));
 }
 
 TEST_CASE("resume map: agrees with a bit for each chunk") {

@@ -9,6 +9,7 @@
 
 #include <doctest/doctest.h>
 
+#include "proxy/checksum.hpp"
 #include "test/unit/proxy_disk_fixture.hpp"
 
 namespace nbdferry::proxy::test {
@@ -82,7 +83,7 @@ class Model {
     static constexpr Command commands[] = {Command::read,  Command::read,  Command::write,
                                            Command::write, Command::write, Command::write,
                                            Command::trim,  Command::zero,  Command::block_status,
-                                           Command::cache, Command::flush};
+                                           Command::cache, Command::flush, Command::checksum};
     op.command = commands[below(std::size(commands))];
     op.fua = is_write(op.command) && below(8) == 0;
     op.may_hole = below(2) == 0;
@@ -138,6 +139,9 @@ class Model {
         break;
       case Command::block_status:
         check_extents(op.range, done.extents);
+        break;
+      case Command::checksum:
+        CHECK(done.checksum == checksum_of(std::as_bytes(std::span(twin_).subspan(begin, length))));
         break;
       case Command::flush:
       case Command::cache:

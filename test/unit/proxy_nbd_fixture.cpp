@@ -19,6 +19,8 @@
 
 #include <fmt/format.h>
 
+#include "proxy/checksum.hpp"
+
 namespace nbdferry::proxy::test {
 
 // --- MemoryFront
@@ -71,6 +73,8 @@ void MemoryFront::execute(mirror::GuestRequest&& request) {
     std::fill(begin, end, std::byte{0});
   } else if (request.command == Command::block_status) {
     reply.extents = extents(request.range);
+  } else if (request.command == Command::checksum) {
+    reply.checksum = checksum_of({data.data() + request.range.begin, request.range.length()});
   }
   const auto sink = sinks_.find(session_of(request.id));
   if (sink != sinks_.end()) sink->second->reply(std::move(reply));

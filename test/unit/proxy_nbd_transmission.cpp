@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include "proxy/checksum.hpp"
 #include "proxy/limits.hpp"
 #include "proxy/nbd_errors.hpp"
 #include "proxy/nbd_request.hpp"
@@ -249,6 +250,58 @@ TEST_CASE("BLOCK_STATUS: extents within the request, one with REQ_ONE") {
   CHECK(client.ask(Type::block_status, 100, 5000, nbd::cmd_req_one).body == wire(1U) + hole(3996));
   CHECK(client.ask(Type::block_status, 0, 100, nbd::cmd_req_one).body == wire(1U) + hole(100));
   CHECK(client.ask(Type::block_status, size - 1, 2).error == einval);
+}
+
+TEST_CASE("BLOCK_STATUS with REQ_ONE: a checksum, in halves, where its contexts are selected") {
+  ServerThread server(size);
+  const std::string low = "x-nbdferry:xxh3-low";
+  const std::string high = "x-nbdferry:xxh3-high";
+  RawClient client = client_of(server, true, {high, "base:allocation", low});
+  const auto data = pattern(100'000, 3);
+  CHECK(client.ask(Type::write, 5000, 100'000, 0, data).error == 0);
+  const auto expect = [&](std::uint32_t id, std::uint32_t length, std::uint64_t flags, bool last) {
+    const RawReply reply = client.reply();
+    CHECK(reply.body == wire(id) + wire(length) + wire(static_cast<std::uint32_t>(flags)));
+    CHECK(reply.flags == (last ? 1 : 0));
+  };
+  const auto sum = checksum_of(std::as_bytes(std::span(data)));
+  client.send_request(Type::block_status, 5000, 100'000, nbd::cmd_req_one);
+  expect(1, 100'000, 0, false);  // nothing is said of the allocation
+  expect(5, 100'000, sum & 0xffffffff, false);
+  expect(6, 100'000, sum >> 32, true);
+  // Without the flag nothing is computed.
+  client.send_request(Type::block_status, 0, 4096);
+  expect(1, 4096, 3, false);
+  expect(5, 4096, 0, false);
+  expect(6, 4096, 0, true);
+  CHECK(server.on_loop([&] { return server.front.seen.back().command; }) == Command::block_status);
+  // Of more than may be asked at once: of its beginning.
+  client.send_request(Type::block_status, 1 << 20, 60 << 20, nbd::cmd_req_one);
+  const auto zeroes = checksum_of(Bytes(limits::checksum_bytes_max));
+  expect(1, limits::checksum_bytes_max, 0, false);
+  expect(5, limits::checksum_bytes_max, zeroes & 0xffffffff, false);
+  expect(6, limits::checksum_bytes_max, zeroes >> 32, true);
+
+  SUBCASE("half of it is told, too") {
+    client = client_of(server, true, {low});
+    client.send_request(Type::block_status, 5000, 100'000, nbd::cmd_req_one);
+    expect(5, 100'000, sum & 0xffffffff, true);
+  }
+  SUBCASE("who can't make one says so") {
+    server.on_loop(
+        [&] { return server.front.failures[Command::checksum] = IoError::not_supported; });
+    CHECK(client.ask(Type::block_status, 0, 4096, nbd::cmd_req_one).error == einval);
+    CHECK(client.ask(Type::block_status, size - 1, 2, nbd::cmd_req_one).error == einval);
+  }
+  SUBCASE("many at once are bounded as reads are") {
+    server.on_loop([&] { return server.front.when = MemoryFront::When::held; });
+    for (int i = 0; i < 64; ++i) {
+      client.send_request(Type::block_status, 0, 60 << 20, nbd::cmd_req_one);
+    }
+    CHECK(server.eventually([&] { return server.front.held.size() == 16; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    CHECK(server.on_loop([&] { return server.front.held.size(); }) == 16);
+  }
 }
 
 TEST_CASE("unread input: whole requests up to a DISC, or not") {

@@ -93,6 +93,43 @@ TEST_CASE("an incoming nbdferry takes writes from its migration and from nobody 
   }
 }
 
+TEST_CASE("a nbdferry tells checksums, XXH3 in 64 bits; another server is not asked for any") {
+  SUBCASE("nbdferry") {
+    Nbdferry server({"--incoming"});
+    Driver d(server.config(id_of('a', '1')));
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK(d.info.can_checksum);
+    CHECK(write_error(d) == IoError::none);  // 4 KiB of x
+    const auto sum_of = [&](std::uint64_t begin, std::uint64_t length) {
+      const auto done = d.call(make_op(Command::checksum, begin, length));
+      CHECK(done.error == IoError::none);
+      CHECK(done.extents.empty());
+      return done.checksum;
+    };
+    CHECK(sum_of(0, 4096) == 0x854c667088efe093);
+    CHECK(sum_of(4096, 4096) == 0x93d76fe148c689ba);
+    CHECK(sum_of(4096, mib) == sum_of(2 * mib, mib));
+    CHECK(sum_of(0, mib) != sum_of(mib, mib));
+    // Of more than it tells at once: nothing that could be taken for the whole.
+    CHECK(d.call(make_op(Command::checksum, 0, 2 * mib)).error == IoError::not_supported);
+    CHECK(d.call(make_op(Command::checksum, 7 * mib, 2 * mib)).error == IoError::invalid);
+    const auto status = d.call(make_op(Command::block_status, 4096, mib));
+    REQUIRE_FALSE(status.extents.empty());
+    CHECK(status.extents[0].zero);  // and the other question is answered as ever
+  }
+  SUBCASE("nbdkit") {
+    Listener listener;
+    transport::TargetConfig config;
+    config.uris = {listener.uri()};
+    config.migration_id = id_of('a', '1');
+    Process server({"nbdkit", "-f", "memory", "8M"}, &listener);
+    Driver d(config);
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK_FALSE(d.info.can_checksum);
+    CHECK(d.call(make_op(Command::checksum, 0, 4096)).error == IoError::not_supported);
+  }
+}
+
 TEST_CASE("a nbdferry that serves its own disk, and a generic server, know no migration") {
   SUBCASE("nbdferry, not incoming") {
     Nbdferry server({});
