@@ -9,6 +9,7 @@
 
 #include "mirror/context.hpp"
 #include "mirror/guest_ops.hpp"
+#include "mirror/journal.hpp"
 #include "mirror/migration.hpp"
 #include "mirror/pivoted.hpp"
 #include "mirror/resume_map.hpp"
@@ -144,9 +145,11 @@ class EngineState {
     keep(e.state);
     for (const auto& r : resume_.sent()) suspects_.add(r, context_.now + e.quarantine);
   }
+  void on(KeepJournal&& e) { journal_.use(e.memory, context_.config.size); }
   void on(ServeTarget&& e) {
     keep(e.state);
-    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, e.options);
+    pivoted_ =
+        std::make_unique<Pivoted>(context_, guests_, resume_, journal_, e.options, e.journaled);
   }
   void on(Suspend&& e);
   void on(Pause&& e) {
@@ -233,6 +236,7 @@ class EngineState {
   GuestOps guests_;
   Suspects suspects_;
   ResumeMap resume_;
+  Journal journal_;                  // of a pivoted disk
   std::multimap<Time, OpId> paced_;  // writes whose answer is held back, by when it is due
   std::deque<OpId> held_;            // writes that wait for the switchover's outcome, in order
   std::unique_ptr<Migration> migration_;
@@ -389,8 +393,9 @@ void EngineState::switched_over() {
   const bool pivot = migration_->switchover().kind() == SwitchKind::pivot;
   if (pivot) {
     serving_ = Serving::target;
-    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, migration_->options(),
-                                         migration_->info(), migration_->window());
+    pivoted_ =
+        std::make_unique<Pivoted>(context_, guests_, resume_, journal_, migration_->options(),
+                                  migration_->info(), migration_->window());
     if (!migration_->link_up()) pivoted_->target_lost("during the commit");
     if (const auto& why = migration_->refused()) pivoted_->target_refused(*why);
     migration_->verifier().stop("switched over");

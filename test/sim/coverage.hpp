@@ -50,6 +50,8 @@ enum class Case : unsigned {
   resumed,
   crashed_with_suspects,
   crashed_after_pivot,
+  died_with_target,
+  journal_full,
   suspended,
   distrusted,
   count,
@@ -97,6 +99,8 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "resumed",
     "crashed_with_suspects",
     "crashed_after_pivot",
+    "died_with_target",
+    "journal_full",
     "suspended",
     "distrusted",
 };
