@@ -9,6 +9,7 @@
 
 #include "mirror/context.hpp"
 #include "mirror/guest_ops.hpp"
+#include "mirror/journal.hpp"
 #include "mirror/migration.hpp"
 #include "mirror/pivoted.hpp"
 #include "mirror/resume_map.hpp"
@@ -144,9 +145,10 @@ class EngineState {
     keep(e.state);
     for (const auto& r : resume_.sent()) suspects_.add(r, context_.now + e.quarantine);
   }
+  void on(KeepJournal&& e) { journal_.use(e.memory, context_.config.size); }
   void on(ServeTarget&& e) {
     keep(e.state);
-    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, e.options, e.incoming);
+    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, journal_, e);
   }
   void on(Suspend&& e);
   void on(Pause&& e) {
@@ -233,6 +235,7 @@ class EngineState {
   GuestOps guests_;
   Suspects suspects_;
   ResumeMap resume_;
+  Journal journal_;                  // of a pivoted disk
   std::multimap<Time, OpId> paced_;  // writes whose answer is held back, by when it is due
   std::deque<OpId> held_;            // writes that wait for the switchover's outcome, in order
   std::unique_ptr<Migration> migration_;
@@ -394,8 +397,8 @@ void EngineState::switched_over() {
     serving_ = Serving::target;
     TargetInfo info = migration_->info();
     info.can_zero = migration_->can_zero();
-    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, migration_->options(), info,
-                                         migration_->window());
+    pivoted_ = std::make_unique<Pivoted>(context_, guests_, resume_, journal_,
+                                         migration_->options(), info, migration_->window());
     if (!migration_->link_up()) pivoted_->target_lost("during the commit");
     if (const auto& why = migration_->refused()) pivoted_->target_refused(*why);
     migration_->verifier().stop("switched over");

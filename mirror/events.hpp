@@ -191,11 +191,18 @@ struct KeepState {
   std::span<std::byte> state;
   Duration quarantine = MigrateOptions{}.quarantine;
 };
+// Memory that outlives the process (Journal::bytes_for(…) bytes, aligned to a page), for what a pivoted
+// disk's target may not have on its medium: before RecordWritten of a pivot, all zero; before ServeTarget,
+// as an earlier process left it; and again, longer, when it has grown.
+struct KeepJournal {
+  std::span<std::byte> memory;
+};
 // At the start of a process whose disk has been pivoted: the target serves, as it did.
 struct ServeTarget {
   MigrateOptions options;
   std::span<std::byte> state;
-  bool incoming = false;  // as the record says: the target took writes from us only
+  bool journaled = false;  // since the pivot; else what was not flushed may be lost
+  bool incoming = false;   // as the record says: the target took writes from us only
 };
 // The process is about to end: what is on its way to the target is waited for, and flushed; the state
 // remembers the rest. Answered at once; when all is done, CloseTarget.
@@ -248,8 +255,8 @@ struct Set {
 
 using Event = std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
                            TargetRefused, TargetClosed, RecordWritten, Tick, Start, KeepState,
-                           ServeTarget, Suspend, Pause, Resume, Cancel, Verify, Prepare, Seal,
-                           Commit, Switch, Abort, Unfence, Set>;
+                           KeepJournal, ServeTarget, Suspend, Pause, Resume, Cancel, Verify,
+                           Prepare, Seal, Commit, Switch, Abort, Unfence, Set>;
 
 // --- actions ---
 

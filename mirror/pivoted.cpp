@@ -18,11 +18,12 @@ constexpr std::uint64_t retained_overhead = 128;
 
 }  // namespace
 
-Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
+Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, Journal& journal,
                  const MigrateOptions& options, const TargetInfo& info, const TargetWindow& window)
     : context_(context),
       guests_(guests),
       resume_(resume),
+      journal_(journal),
       options_(options),
       info_(info),
       window_(window) {
@@ -30,20 +31,25 @@ Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
   in_flight_.set_alignment(std::max<std::uint64_t>(block_size_min, info.block_min));
 }
 
-Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume,
-                 const MigrateOptions& options, bool incoming)
+Pivoted::Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, Journal& journal,
+                 const ServeTarget& event)
     : context_(context),
       guests_(guests),
       resume_(resume),
-      options_(options),
+      journal_(journal),
+      options_(event.options),
       link_up_(false),
       met_(false),
       lost_at_(context.now),
-      flush_wanted_(true) {
-  info_.incoming = incoming;
+      flush_wanted_(!event.journaled) {
+  info_.incoming = event.incoming;
+  for (auto& r : journal.records()) {
+    if (NBDFERRY_MUTANT(journal_ignored)) break;
+    keep({r.range, r.command, std::move(r.payload), r.may_hole, std::move(r.slots)});
+  }
   if (!NBDFERRY_MUTANT(pivot_restart_no_quarantine)) {
     for (const auto& r : resume.sent()) {
-      quarantines_.push_back({r, context.now + options.quarantine});
+      quarantines_.push_back({r, context.now + options_.quarantine});
     }
   }
   context_.out->emplace_back(OpenTarget{});
@@ -91,6 +97,10 @@ std::uint64_t Pivoted::piece_bytes(Command command) const {
   if (command == Command::trim || command == Command::zero) {
     most = std::min(most, limits.zero_piece_bytes);
   }
+  // So that the journal has room for some.
+  if (command == Command::write && journal_.kept()) {
+    most = std::min(most, journal_.slots() / 4 * Journal::slot_bytes);
+  }
   return std::max(align, most / align * align);
 }
 
@@ -130,6 +140,15 @@ bool Pivoted::try_flush(GuestOp& op) {
   return true;
 }
 
+// Is there room for it, when it has been answered?
+bool Pivoted::may_retain(Command command, ByteRange piece) {
+  if (retained_bytes_ >= options_.buffer_bytes) return false;
+  if (!journal_.kept()) return true;
+  const std::uint64_t taken = slots_reserved_ + Journal::slots_for(command, piece);
+  if (taken > journal_.free_slots()) ++context_.counters.journal_waits;
+  return taken <= journal_.free_slots();
+}
+
 bool Pivoted::try_pieces(GuestOp& op, Request& request) {
   if (request.again) {
     if (request.in_flight != 0) return false;
@@ -140,9 +159,9 @@ bool Pivoted::try_pieces(GuestOp& op, Request& request) {
   const std::uint64_t most = piece_bytes(op.command);
   const std::uint64_t align = std::max<std::uint64_t>(block_size_min, info_.block_min);
   while (request.sent_until < op.range.end) {
-    if (writes && retained_bytes_ >= options_.buffer_bytes) return false;
     const std::uint64_t border = (request.sent_until + most) / align * align;
     const ByteRange piece{request.sent_until, std::min(border, op.range.end)};
+    if (writes && !may_retain(op.command, piece)) return false;
     const bool data =
         op.command == Command::read || op.command == Command::write || (writes && !info_.can_zero);
     const bool room = in_flight_.has_room(data ? piece.length() : 0);
@@ -170,7 +189,10 @@ void Pivoted::submit_piece(GuestOp& op, Request& request, ByteRange piece) {
                   std::nullopt, false, op.id, context_.now});
   ++request.in_flight;
   request.sent_until = piece.end;
-  if (is_write(disk.command)) resume_.send(piece);
+  if (is_write(disk.command)) {
+    resume_.send(piece);
+    slots_reserved_ += Journal::slots_for(disk.command, piece);
+  }
   context_.submit_target(std::move(disk));
 }
 
@@ -195,7 +217,8 @@ void Pivoted::pump() {
     // try_submit() only ever completes or sends: it never changes pending_.
     it = try_submit(*guests_.find(*it)) ? pending_.erase(it) : it + 1;
   }
-  const bool much = retained_bytes_ >= options_.buffer_bytes / 2;
+  const bool much = retained_bytes_ >= options_.buffer_bytes / 2 ||
+                    (journal_.kept() && 2 * journal_.free_slots() < journal_.slots());
   // What a quarantine holds back no flush releases.
   const bool helps = acknowledged_ > flushed_up_to_;
   const bool wanted = flush_wanted_ || (much && helps);
@@ -250,6 +273,7 @@ void Pivoted::guest_done(const TargetOp& op, TargetDone&& event) {
   NBDFERRY_ASSERT(guest != nullptr, "a guest request ended before its answer");
   Request& request = requests_.at(op.parent);
   --request.in_flight;
+  if (is_write(op.command)) slots_reserved_ -= Journal::slots_for(op.command, op.range);
   if (event.error == IoError::lost) {
     request.again = true;
   } else if (event.error != IoError::none && zeroes_as_data(op)) {
@@ -303,15 +327,6 @@ void Pivoted::overlay(ByteRange range, std::byte* data) const {
 }
 
 void Pivoted::retain(const GuestOp& op, ByteRange piece) {
-  if (!quarantines_.empty() || failed_ != 0) {
-    // What is held back by a quarantine, or could not be written, is at least held once only.
-    std::erase_if(retained_, [&](const Retained& r) {
-      if (!piece.contains(r.range) || r.replaying) return false;
-      if (r.failed) --failed_;
-      retained_bytes_ -= retained_overhead + r.payload.size();
-      return true;
-    });
-  }
   Retained r;
   r.range = piece;
   r.command = op.command == Command::write ? Command::write : Command::zero;
@@ -323,23 +338,48 @@ void Pivoted::retain(const GuestOp& op, ByteRange piece) {
   // An older write of the same range may be about to be written again: then so must this one.
   r.replaying = replays_left_ != 0;
   if (r.replaying) ++replays_left_;
+  // Before what it replaces is removed.
+  if (!NBDFERRY_MUTANT(journal_after_reply)) write_journal(r);
+  if (!quarantines_.empty() || failed_ != 0) {
+    // What is held back by a quarantine, or could not be written, is at least held once only.
+    std::erase_if(retained_, [&](const Retained& old) {
+      if (!piece.contains(old.range) || old.replaying) return false;
+      if (old.failed) --failed_;
+      forget(old);
+      return true;
+    });
+  }
+  keep(std::move(r));
+  if (retained_.back().replaying && replay_next_ == retained_.end()) --replay_next_;
+}
+
+void Pivoted::write_journal(Retained& r) {
+  if (journal_.kept()) r.slots = journal_.add(r.command, r.range, r.may_hole, r.payload.data());
+}
+
+void Pivoted::keep(Retained&& r) {
   retained_bytes_ += retained_overhead + r.payload.size();
   retained_.push_back(std::move(r));
-  if (retained_.back().replaying && replay_next_ == retained_.end()) --replay_next_;
+}
+
+void Pivoted::forget(const Retained& r) {
+  retained_bytes_ -= retained_overhead + r.payload.size();
+  journal_.remove(r.slots);
 }
 
 void Pivoted::release(std::uint64_t up_to) {
   // What is newer than something that stays, and overlaps it, stays with it: the older one alone
   // would be read, and written again, over the newer one's bytes.
   RangeSet kept;
-  std::erase_if(retained_, [&](const Retained& r) {
-    const bool keep = r.number > up_to || r.replaying || r.failed || in_quarantine(r.range) ||
-                      kept.overlaps(r.range);
-    if (keep) {
+  std::erase_if(retained_, [&](Retained& r) {
+    const bool stays = r.number > up_to || r.replaying || r.failed || in_quarantine(r.range) ||
+                       kept.overlaps(r.range);
+    if (stays) {
+      if (NBDFERRY_MUTANT(journal_freed_early)) journal_.remove(std::exchange(r.slots, {}));
       kept.add(r.range);
       return false;
     }
-    retained_bytes_ -= retained_overhead + r.payload.size();
+    forget(r);
     return true;
   });
 }
@@ -378,6 +418,7 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
 void Pivoted::target_lost(const std::string& reason) {
   link_up_ = false;
   lost_at_ = context_.now;
+  loss_unreported_ = loss_unreported_ || flush_wanted_;
   last_error_ = "the target was lost: " + reason;
   context_.notice(last_error_ + " (requests wait for it)");
 }
@@ -524,6 +565,11 @@ void Pivoted::fail_pending() {
 }
 
 void Pivoted::tick() {
+  if (NBDFERRY_MUTANT(journal_after_reply)) {
+    for (auto& r : retained_) {
+      if (r.slots.empty() && may_retain(r.command, r.range)) write_journal(r);
+    }
+  }
   if (reopen_at_ && context_.now >= *reopen_at_) {
     reopen_at_.reset();
     context_.out->emplace_back(OpenTarget{});

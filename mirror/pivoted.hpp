@@ -6,8 +6,10 @@
 // (rule 8): such ranges stay retained through the quarantine, are read from there, and are written
 // again at its end. Requests wait for the target up to the reconnect delay, then fail with EIO.
 //
-// After a restart of the process the target is reached anew: what the state says was sent may still land.
-// What had been acknowledged and not flushed is the target's then: it is lost if that restarted, too.
+// What is retained is in the journal before its write is answered, so that all of this goes for a process
+// that is killed, too: the next one takes what is in the journal for retained, and what the state says was
+// sent for unanswered. Without a journal what had been acknowledged and not flushed is the target's then,
+// and lost if that restarts before it is flushed: if that can have happened the guest's next flush fails.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +19,7 @@
 
 #include "mirror/context.hpp"
 #include "mirror/guest_ops.hpp"
+#include "mirror/journal.hpp"
 #include "mirror/resume_map.hpp"
 #include "mirror/target_ops.hpp"
 
@@ -24,11 +27,11 @@ namespace nbdferry::mirror {
 
 class Pivoted {
  public:
-  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, const MigrateOptions& options,
-          const TargetInfo& info, const TargetWindow& window);
+  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, Journal& journal,
+          const MigrateOptions& options, const TargetInfo& info, const TargetWindow& window);
   // At the start of a process: the target is yet to be reached.
-  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, const MigrateOptions& options,
-          bool incoming);
+  Pivoted(Context& context, GuestOps& guests, ResumeMap& resume, Journal& journal,
+          const ServeTarget& event);
 
   void submit(GuestOp& op);
 
@@ -50,6 +53,7 @@ class Pivoted {
     Command command = Command::write;
     Payload payload;
     bool may_hole = true;
+    Journal::Slots slots;      // where it is in the journal
     std::uint64_t number = 0;  // of its last acknowledgement: which flush covers it
     bool replaying = false;    // to be written again …
     bool sent = false;         // … and that is under way
@@ -79,6 +83,7 @@ class Pivoted {
   }
   [[nodiscard]] bool try_submit(GuestOp& op);
   [[nodiscard]] bool try_flush(GuestOp& op);
+  [[nodiscard]] bool may_retain(Command command, ByteRange piece);
   [[nodiscard]] bool try_pieces(GuestOp& op, Request& request);
   [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
   void submit_piece(GuestOp& op, Request& request, ByteRange piece);
@@ -87,6 +92,9 @@ class Pivoted {
   // A write of `range` was answered, or can't land late any more.
   void settle(ByteRange range);
   void retain(const GuestOp& op, ByteRange piece);
+  void keep(Retained&& r);
+  void forget(const Retained& r);
+  void write_journal(Retained& r);
   void release(std::uint64_t up_to);
   void overlay(ByteRange range, std::byte* data) const;
   [[nodiscard]] std::string check_target(const TargetInfo& info) const;
@@ -102,6 +110,7 @@ class Pivoted {
   Context& context_;
   GuestOps& guests_;
   ResumeMap& resume_;
+  Journal& journal_;
   MigrateOptions options_;
   TargetInfo info_;
   TargetWindow window_;
@@ -118,8 +127,9 @@ class Pivoted {
   Retainments retained_;                                 // in order of acknowledgement
   Retainments::iterator replay_next_ = retained_.end();  // the first to be replayed and not sent
   std::uint64_t retained_bytes_ = 0;
-  std::uint64_t acknowledged_ = 0;   // number of the last retained write
-  std::uint64_t flushed_up_to_ = 0;  // the last one that a good flush covers
+  std::uint64_t slots_reserved_ = 0;  // of the journal, for writes in flight
+  std::uint64_t acknowledged_ = 0;    // number of the last retained write
+  std::uint64_t flushed_up_to_ = 0;   // the last one that a good flush covers
   std::size_t replays_left_ = 0;
   std::size_t failed_ = 0;  // retained writes that could not be replayed: the next flush says so
   Time retry_at_{0};        // of what could not be replayed
@@ -127,8 +137,9 @@ class Pivoted {
   std::unordered_map<OpId, std::uint64_t> flush_cuts_;       // flush -> what it covers
   std::unordered_map<OpId, Retainments::iterator> replays_;  // stays in place while it is replayed
   bool own_flush_ = false;
-  bool flush_wanted_ = false;     // after a restart: what had been acknowledged may not be flushed
-  bool loss_unreported_ = false;  // that flush failed: the guest's next one says so
+  // After a restart, without a journal: what had been acknowledged may not be flushed …
+  bool flush_wanted_ = false;
+  bool loss_unreported_ = false;  // … and that can't be made good: the guest's next flush says so
 };
 
 }  // namespace nbdferry::mirror

@@ -49,6 +49,13 @@ std::unique_ptr<Export> Export::open(boost::asio::io_context& io, const ExportOp
                     options.disk, record.path(),
                     counts ? "counts" : "was pivoted, and is served from its target"));
   }
+  if (options.read_only && recorded.role == Role::pivoted) {
+    // Its journal may hold what the target has lost, and is another process's to write there.
+    throw std::runtime_error(fmt::format(
+        "cannot serve {} read-only: {} records that this disk was pivoted, and is served "
+        "from its target: serve it without --read-only",
+        options.disk, record.path()));
+  }
   if (options.incoming && recorded.role != Role::incoming) {
     Ownership next;
     next.role = Role::incoming;
@@ -92,7 +99,12 @@ ExportImpl::ExportImpl(boost::asio::io_context& io, const ExportOptions& options
   restore();
 }
 
-ExportImpl::~ExportImpl() { helper_.join(); }
+ExportImpl::~ExportImpl() {
+  helper_.join();
+  const mirror::Status core = engine_->status();
+  // Nothing is in it: nor does it take memory until the next start, if one comes.
+  if (core.serving == mirror::Serving::target && core.buffered_bytes == 0) shrink_journal();
+}
 
 Time ExportImpl::now() const {
   return std::chrono::duration_cast<Time>(std::chrono::steady_clock::now().time_since_epoch());
@@ -226,9 +238,17 @@ void ExportImpl::on(mirror::WriteRecord&& a) {
   next.peer = target_uris_.empty() ? "" : target_uris_.front();
   next.migration_id = migration_id_;
   next.incoming_peer = a.incoming;
-  write_record(std::move(next), [this](const std::string& error) {
-    post(mirror::RecordWritten{error.empty(), error});
-  });
+  auto write = [this, pivot, next = std::move(next)]() mutable {
+    write_record(std::move(next), [this, pivot](const std::string& error) {
+      if (pivot && error.empty()) keep_journal();
+      post(mirror::RecordWritten{error.empty(), error});
+    });
+  };
+  if (pivot) {
+    begin_journal(std::move(write));
+  } else {
+    write();
+  }
 }
 
 void ExportImpl::on(mirror::CommandDone&& a) {

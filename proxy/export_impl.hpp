@@ -75,10 +75,16 @@ class ExportImpl final : public Export {
 
   // --- what outlives the process (export_state.cpp)
   void restore();
-  void serve_target(std::span<std::byte> state);
+  void serve_target(FoundState found);
+  void renew_state();
+  void begin_journal(std::function<void()> done);
+  void keep_journal();
+  void grow_journal();
+  void shrink_journal() noexcept;
   void resume(const SavedMigration& saved, bool trusted);
   [[nodiscard]] bool goes_on(const MigrateRequest& request) const;
-  [[nodiscard]] std::optional<StateFile> create_state() const;
+  [[nodiscard]] std::optional<StateFile> create_state(std::string_view otherwise) const;
+  void log_unjournaled(std::string_view why) const;
   void save_state();
   void save_request();
   void remember_changes(const mirror::Set& changes);
@@ -149,7 +155,7 @@ class ExportImpl final : public Export {
   std::uint64_t measured_debt_ = 0;
   double progress_ = 0;  // bytes of debt that go away each second
 
-  boost::asio::thread_pool helper_{1};  // for what blocks: the record
+  boost::asio::thread_pool helper_{1};  // for what blocks: the record, the journal's size
   bool record_busy_ = false;
 
   boost::asio::steady_timer stop_timer_;

@@ -1,17 +1,33 @@
 // Export: what outlives the process. At its start: go on with what an earlier one was doing; while a
 // migration runs: keep the state file as the core's answers say.
+#include <algorithm>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
+#include <boost/asio/post.hpp>
 #include <fmt/format.h>
 
+#include "mirror/journal.hpp"
 #include "mirror/resume_map.hpp"
 #include "proxy/control_api.hpp"
 #include "proxy/export_impl.hpp"
+#include "proxy/limits.hpp"
 #include "proxy/log.hpp"
 #include "proxy/migration_id.hpp"
 
 namespace nbdferry::proxy {
+
+namespace {
+
+constexpr std::string_view unjournaled =
+    "should this process and its target die together, what the target has not flushed is lost";
+
+std::size_t journal_bytes(std::uint64_t payload_bytes) {
+  return mirror::Journal::bytes_for(std::min(payload_bytes, limits::journal_bytes_max));
+}
+
+}  // namespace
 
 // --- at the start of the process ---
 
@@ -28,14 +44,13 @@ void ExportImpl::restore() {
   }
   FoundState found;
   if (!state_directory_.empty()) {
-    found = StateFile::find(state_directory_, options_.disk, info_.size,
-                            mirror::ResumeMap::bytes_for(info_.size));
+    found =
+        StateFile::find(state_directory_, options_.disk, info_.size,
+                        mirror::ResumeMap::bytes_for(info_.size), ownership_.role != Role::pivoted);
   }
   if (!found.why_not.empty()) log_line(found.why_not);
   if (ownership_.role == Role::pivoted) {
-    state_ = std::move(found.file);
-    if (found.migration) saved_ = std::move(*found.migration);
-    serve_target(state_ ? state_->memory() : std::span<std::byte>());
+    serve_target(std::move(found));
     return;
   }
   const bool ours = ownership_.role == Role::owner &&
@@ -83,7 +98,8 @@ void ExportImpl::resume(const SavedMigration& saved, bool trusted) {
 }
 
 // The target serves, as it did before the restart.
-void ExportImpl::serve_target(std::span<std::byte> state) {
+void ExportImpl::serve_target(FoundState found) {
+  if (found.migration) saved_ = std::move(*found.migration);
   try {
     if (!saved_.request.empty()) request_ = migrate_from_json(saved_.request);
   } catch (const std::exception&) {
@@ -93,7 +109,102 @@ void ExportImpl::serve_target(std::span<std::byte> state) {
   migration_id_ = ownership_.migration_id;
   log_line(
       fmt::format("{}: pivoted: serving from {}", options_.disk, fmt::join(ownership_.uris, " ")));
-  post(mirror::ServeTarget{request_.options, state, ownership_.incoming_peer});
+  const bool current =
+      found.file && saved_.id == migration_id_ && saved_.pivot == ownership_.generation;
+  if (current) {
+    state_ = std::move(found.file);
+  } else {
+    renew_state();
+  }
+  const bool journaled = current && !state_->journal().empty();
+  try {
+    if (state_ && !journaled) state_->begin_journal(journal_bytes(limits::journal_first_bytes));
+  } catch (const std::exception& e) {
+    log_unjournaled(e.what());
+  }
+  keep_journal();
+  post(mirror::ServeTarget{request_.options, state_ ? state_->memory() : std::span<std::byte>(),
+                           journaled, ownership_.incoming_peer});
+}
+
+// No earlier process's journal, wherever it may lie, is to be found right by a later one: what is in it
+// would be written over what is written from now on.
+void ExportImpl::renew_state() {
+  try {
+    record_.write(ownership_);
+    ownership_ = record_.current();
+  } catch (const std::exception& e) {
+    log_unjournaled(e.what());
+    return;
+  }
+  saved_.request = migrate_to_json(request_);
+  saved_.id = migration_id_;
+  saved_.running = false;
+  saved_.generation = saved_.pivot = ownership_.generation;
+  state_ = create_state(unjournaled);
+}
+
+// --- the journal ---
+
+void ExportImpl::log_unjournaled(std::string_view why) const {
+  log_line(fmt::format("{}: {}: {}", options_.disk, unjournaled, why));
+}
+
+// For a pivot that is about to be recorded: it begins empty, and counts from that record on.
+void ExportImpl::begin_journal(std::function<void()> done) {
+  if (!state_) {
+    log_unjournaled(no_state_because_.empty() ? "there is no state file" : no_state_because_);
+    done();
+    return;
+  }
+  saved_.pivot = ownership_.generation + 1;
+  save_state();
+  boost::asio::post(helper_, [this, done = std::move(done)]() mutable {
+    std::string error;
+    try {
+      state_->begin_journal(journal_bytes(limits::journal_first_bytes));
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    boost::asio::post(io_, [this, error, done = std::move(done)] {
+      if (!error.empty()) log_unjournaled(error);
+      done();
+    });
+  });
+}
+
+void ExportImpl::keep_journal() {
+  if (!state_ || state_->journal().empty()) return;
+  post(mirror::KeepJournal{state_->journal()});
+  grow_journal();
+}
+
+void ExportImpl::shrink_journal() noexcept {
+  try {
+    if (!state_ || state_->journal().empty()) return;
+    state_->begin_journal(journal_bytes(limits::journal_first_bytes));
+  } catch (const std::exception& e) {
+    log_line(e.what());
+  }
+}
+
+// To what the buffer may hold, step by step.
+void ExportImpl::grow_journal() {
+  const std::size_t has = state_->journal().size();
+  const std::size_t most = journal_bytes(request_.options.buffer_bytes);
+  if (has >= most) return;
+  boost::asio::post(helper_, [this, next = std::min(most, 2 * has)] {
+    std::string error;
+    try {
+      state_->grow_journal(next);
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    boost::asio::post(io_, [this, error] {
+      if (error.empty()) return keep_journal();
+      log_line(fmt::format("{}: the target will be flushed more often: {}", options_.disk, error));
+    });
+  });
 }
 
 // --- while migrations run ---
@@ -103,7 +214,7 @@ bool ExportImpl::goes_on(const MigrateRequest& request) const {
   return state_ && state_kept_ && request.uris == request_.uris;
 }
 
-std::optional<StateFile> ExportImpl::create_state() const {
+std::optional<StateFile> ExportImpl::create_state(std::string_view otherwise) const {
   std::string why = no_state_because_;
   if (!state_directory_.empty()) {
     try {
@@ -113,8 +224,7 @@ std::optional<StateFile> ExportImpl::create_state() const {
       why = e.what();
     }
   }
-  log_line(fmt::format("{}: if this process ends, its migration has to begin anew: {}",
-                       options_.disk, why));
+  log_line(fmt::format("{}: {}: {}", options_.disk, otherwise, why));
   return std::nullopt;
 }
 
@@ -127,7 +237,8 @@ void ExportImpl::start(MigrateRequest request, CommandHandler done, bool go_on) 
   if (go_on) {
     save_state();
   } else {
-    next_state_ = create_state();
+    saved_.pivot = 0;
+    next_state_ = create_state("if this process ends, its migration has to begin anew");
     // Nobody is to find what is no longer kept.
     if (!next_state_ && state_) state_->remove();
   }

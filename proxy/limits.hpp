@@ -62,6 +62,14 @@ inline constexpr std::size_t last_words_requests_max = 4096;
 // Unix sockets: a 1 MiB reply leaves in one piece. TCP sizes its buffers by itself.
 inline constexpr int unix_send_buffer_bytes = 4 * 1024 * 1024;
 
+// --- a pivoted disk's journal, in memory
+// ----------------------------------------------------------------
+
+// Of writes that it can hold. At first: it is made while the guest's writes are held (0.1 ms; 4 MiB would
+// take 1.3 ms). Soon after it has the buffer's size, and at most:
+inline constexpr std::uint64_t journal_first_bytes = 512UL * 1024;
+inline constexpr std::uint64_t journal_bytes_max = 256ULL * 1024 * 1024;
+
 // --- the control socket
 // ---------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ std::optional<std::string> encode(const Header& h) {
       {"running", h.migration.running},
       {"paused", h.migration.paused},
       {"generation", h.migration.generation},
+      {"pivot", h.migration.pivot},
   };
   std::string body = boost::json::serialize(json) + '\n';
   if (body.size() > slot_bytes - line_bytes) return std::nullopt;
@@ -117,6 +118,7 @@ std::optional<Header> decode(std::string_view slot) {
   h.migration.running = json.at("running").as_bool();
   h.migration.paused = json.at("paused").as_bool();
   h.migration.generation = number(json.at("generation"));
+  if (const auto* pivot = json.if_contains("pivot")) h.migration.pivot = number(*pivot);
   return h;
 }
 
@@ -272,10 +274,10 @@ OpenedDirectory make_directory(const std::string& path) {
 // -------------------------------------------------------------------------------------
 
 // Gives every page that is missing its place; the others stay as they are. Returns 0 or errno.
-int allocate(int fd, std::size_t bytes) {
+int allocate(int fd, std::size_t begin, std::size_t end) {
   int error = 0;
   do {
-    error = ::posix_fallocate(fd, 0, static_cast<off_t>(bytes));
+    error = ::posix_fallocate(fd, static_cast<off_t>(begin), static_cast<off_t>(end - begin));
   } while (error == EINTR);
   return error;
 }
@@ -338,7 +340,8 @@ StateFile::StateFile(std::string path, UniqueFd fd, std::size_t memory_bytes,
       memory_bytes_(memory_bytes),
       source_(source),
       boot_(std::move(boot)) {
-  const auto bytes = file_bytes_for(memory_bytes);
+  // What the journal may come to is no more than addresses: only what the file has is touched.
+  const auto bytes = file_bytes_for(memory_bytes) + journal_bytes_max;
   void* const at = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
   if (at == MAP_FAILED) {
     fail("file", path_, fmt::format("can't be mapped: {}", std::strerror(errno)),
@@ -348,6 +351,41 @@ StateFile::StateFile(std::string path, UniqueFd fd, std::size_t memory_bytes,
 }
 
 std::span<std::byte> StateFile::memory() const { return {map_.get() + memory_at, memory_bytes_}; }
+
+std::span<std::byte> StateFile::journal() const {
+  return {map_.get() + file_bytes_for(memory_bytes_), journal_bytes_};
+}
+
+void StateFile::begin_journal(std::size_t bytes) {
+  journal_bytes_ = 0;
+  if (::ftruncate(fd_.get(), static_cast<off_t>(file_bytes_for(memory_bytes_))) != 0) {
+    fail("file", path_, fmt::format("can't be cut: {}", std::strerror(errno)), "remove it");
+  }
+  allocate_journal(bytes);
+}
+
+void StateFile::grow_journal(std::size_t bytes) {
+  if (bytes <= journal_bytes_) return;
+  struct statfs fs {};
+  if (::fstatfs(fd_.get(), &fs) != 0) fail("file", path_, std::strerror(errno), "check it");
+  const auto more = (bytes - journal_bytes_) / static_cast<std::size_t>(fs.f_bsize);
+  if (fs.f_bavail < more + fs.f_blocks / 2) {
+    fail("file", path_, fmt::format("half of its file system would be in use at {} bytes", bytes),
+         "make room");
+  }
+  allocate_journal(bytes);
+}
+
+void StateFile::allocate_journal(std::size_t bytes) {
+  NBDFERRY_ASSERT(bytes <= journal_bytes_max, "a journal beyond its addresses");
+  // From where it ends: what it has may be written to meanwhile.
+  const auto front = file_bytes_for(memory_bytes_);
+  if (const int error = allocate(fd_.get(), front + journal_bytes_, front + bytes); error != 0) {
+    fail("file", path_, fmt::format("can't grow to {}: {}", front + bytes, std::strerror(error)),
+         "make room in its file system");
+  }
+  journal_bytes_ = bytes;
+}
 
 void StateFile::beat(bool writes_in_flight) {
   auto* const word = reinterpret_cast<std::uint64_t*>(map_.get() + heartbeat_at);
@@ -409,7 +447,7 @@ StateFile StateFile::create(const std::string& directory, const std::string& dis
   };
   if (!fd) give_up("can't be created", errno);
   if (!lock(fd.get())) give_up("can't be locked", errno);
-  if (const int error = allocate(fd.get(), file_bytes_for(memory_bytes)); error != 0) {
+  if (const int error = allocate(fd.get(), 0, file_bytes_for(memory_bytes)); error != 0) {
     give_up("can't be written", error);
   }
   try {
@@ -430,7 +468,7 @@ StateFile StateFile::create(const std::string& directory, const std::string& dis
 // --------------------------------------------------------------------------------------
 
 FoundState StateFile::find(const std::string& directory, const std::string& disk,
-                           std::uint64_t disk_bytes, std::size_t memory_bytes) {
+                           std::uint64_t disk_bytes, std::size_t memory_bytes, bool serves) {
   const auto source = SourceIdentity::of(disk, disk_bytes);
   const auto name = name_of(source);
   const auto path = fmt::format("{}/{}", directory, name);
@@ -462,18 +500,20 @@ FoundState StateFile::find(const std::string& directory, const std::string& disk
 
   if (!same_boot) return no("is of another boot");
   if (header->memory_bytes != memory_bytes) return no("has a map of another size");
-  if (static_cast<std::uint64_t>(st.st_size) != file_bytes_for(memory_bytes)) {
-    return no("is truncated, or longer than it was");
-  }
-  why = why_foreign(disk, source, heartbeat_of(front));
+  const auto bytes = static_cast<std::uint64_t>(st.st_size);
+  const auto whole = file_bytes_for(memory_bytes);
+  const auto longest = whole + (header->migration.pivot == 0 ? 0 : journal_bytes_max);
+  if (bytes < whole || bytes > longest) return no("is truncated, or longer than it was");
+  if (serves) why = why_foreign(disk, source, heartbeat_of(front));
   if (!why.empty()) return no(why);
   // It was allocated when it was made; a hole since then would be a SIGBUS on a full tmpfs.
-  if (const int error = allocate(fd.get(), file_bytes_for(memory_bytes)); error != 0) {
+  if (const int error = allocate(fd.get(), 0, bytes); error != 0) {
     return no(fmt::format("can't be written: {}", std::strerror(error)));
   }
   try {
     StateFile file(path, std::move(fd), memory_bytes, source, header->boot);
     file.sequence_ = header->sequence;
+    file.journal_bytes_ = bytes - whole;
     found.file = std::move(file);
   } catch (const std::runtime_error& e) {
     found.why_not = e.what();

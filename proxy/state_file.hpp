@@ -4,21 +4,23 @@
 // boot.
 //
 // Two header slots of 4 KiB (readable with cat: a line with a checksum, then JSON), a page with the
-// heartbeat, then the core's memory from a page boundary on. What must hold:
+// heartbeat, then the core's memory from a page boundary on; and, after a pivot, its journal behind that.
+// What must hold:
 //  - Killed at any instruction, the file is one that find() judges rightly: the slots are written
 //    one after the other, the heartbeat is a single store, and a new file appears under its name
 //    complete or not at all.
 //  - Trusted is a file only if nothing is wrong with it: ours alone, whole, of this boot, of this
 //    disk, and the disk not written by anybody else since the heartbeat. Any doubt: not trusted,
 //    and a line that says why.
-//  - All its pages exist from the start: a full tmpfs is an error of create(), never a SIGBUS.
+//  - All its pages exist from the start: a full tmpfs is an error of create(), never a SIGBUS. So do the
+//    journal's, of begin_journal() and grow_journal().
 //
 // What the owner of a StateFile owes it: memory() marks what a write touches *before* the write is
 // submitted, from the call of find() or create() on; whoever serves the disk without doing so
 // calls no beat() and removes the file. A disk is locked (disk_probe) before its file is looked
 // for, so that no write of a killed predecessor is still under way.
 //
-// create() and find() block (they allocate and look at the whole file): off the loop, or at start.
+// create(), find() and the journal's calls block (they allocate): off the loop, or at start.
 #pragma once
 
 #include <cstddef>
@@ -56,6 +58,9 @@ struct SavedMigration {
   bool running = true;           // goes on by itself after a restart
   bool paused = false;           // … and is paused then
   std::uint64_t generation = 0;  // of the disk's ownership record when it began
+  // … and from its pivot on: the journal holds what is not flushed while the record is of this very
+  // generation. 0: not pivoted.
+  std::uint64_t pivot = 0;
   friend bool operator==(const SavedMigration&, const SavedMigration&) = default;
 };
 
@@ -70,10 +75,11 @@ class StateFile {
                                         std::uint64_t disk_bytes, std::size_t memory_bytes,
                                         const SavedMigration& migration);
 
-  // What an earlier process left for `disk`. Changes nothing. Throws std::runtime_error only when
-  // the disk isn't there.
+  // What an earlier process left for `disk`. `serves`: the disk itself does, so that it matters who else
+  // wrote to it. Changes nothing. Throws std::runtime_error only when the disk isn't there.
   [[nodiscard]] static FoundState find(const std::string& directory, const std::string& disk,
-                                       std::uint64_t disk_bytes, std::size_t memory_bytes);
+                                       std::uint64_t disk_bytes, std::size_t memory_bytes,
+                                       bool serves = true);
 
   // Unmaps; the file stays for the next start. No one else finds it trusted while this one lives.
   ~StateFile() = default;
@@ -85,6 +91,15 @@ class StateFile {
   // The core's, page-aligned, of the size that was asked for. It stays where it is when the
   // StateFile is moved.
   [[nodiscard]] std::span<std::byte> memory() const;
+
+  // The core's, too: page-aligned, in place for as long as memory() is, none at first. begin: of so many
+  // bytes, zeroed, in place of an earlier one. grow: to so many, zeroed where it has grown, and half of the
+  // file system stays free. Both throw std::runtime_error, and then there is none, or it is as it was.
+  // Nobody may call journal() meanwhile.
+  static constexpr std::size_t journal_bytes_max = std::size_t{1} << 30;
+  [[nodiscard]] std::span<std::byte> journal() const;
+  void begin_journal(std::size_t bytes);
+  void grow_journal(std::size_t bytes);
 
   // "All that was written to the disk up to now was ours": at the end of every turn of the loop
   // (25 ns, no system call). `writes_in_flight`: some write, trim or zeroing of ours is submitted
@@ -108,11 +123,13 @@ class StateFile {
   };
   StateFile(std::string path, UniqueFd fd, std::size_t memory_bytes, const SourceIdentity& source,
             std::string boot);
+  void allocate_journal(std::size_t bytes);
 
   std::string path_;
   UniqueFd fd_;  // carries the lock
   std::unique_ptr<std::byte, Unmap> map_;
   std::size_t memory_bytes_ = 0;
+  std::size_t journal_bytes_ = 0;
   SourceIdentity source_;
   std::string boot_;
   std::uint64_t sequence_ = 0;  // of the header that was written last

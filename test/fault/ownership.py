@@ -153,18 +153,19 @@ def pivoted_stays_pivoted(world):
 
 def pivoted_is_not_incoming(world):
     """It came by --incoming, was promoted and then pivoted; with its old command line it must not
-    forget the target, and show its guest what was left behind."""
+    forget the target, and show its guest what was left behind. Nor is it served read-only."""
     world.start("later")
     world.migrate()
     world.repeat(world.source, "switch", "--pivot")
     world.source.kill()
     world.end()
-    try:
-        world.source.start("--incoming", *world.source.options)
-    except AssertionError:
-        check("was pivoted" in world.source.log(), world.source.log())
-    else:
-        raise AssertionError("a pivoted disk is served as incoming")
+    for option in ("--incoming", "--read-only"):
+        try:
+            world.source.start(option, *world.source.options)
+        except AssertionError:
+            check("was pivoted" in world.source.log(), world.source.log())
+        else:
+            raise AssertionError(f"a pivoted disk is served with {option}")
     world.source.start()
     check(role(world.source) == "pivoted", "pivoted")
     world.begin()

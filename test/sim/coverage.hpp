@@ -51,6 +51,8 @@ enum class Case : unsigned {
   resumed,
   crashed_with_suspects,
   crashed_after_pivot,
+  died_with_target,
+  journal_full,
   suspended,
   distrusted,
   count,
@@ -99,6 +101,8 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "resumed",
     "crashed_with_suspects",
     "crashed_after_pivot",
+    "died_with_target",
+    "journal_full",
     "suspended",
     "distrusted",
 };

@@ -11,7 +11,7 @@ void Driver::run(unsigned steps) {
   if (prng_.chance(3, 4)) start();
   for (unsigned i = 0; i < steps; ++i) step();
   // What comes after a pivot deserves as much.
-  for (unsigned i = 0; i < steps / 2 && w_.serving() == Serving::target; ++i) step();
+  for (unsigned i = 0; i < steps && w_.serving() == Serving::target; ++i) step();
   finish();
 }
 
@@ -49,7 +49,8 @@ void Driver::step() {
   offer(true, w_.target().link() == Link::refused ? 6 : 1, &Driver::jump);
   offer(true, 1, &Driver::stall);
   offer(true, 2, &Driver::meddle);
-  offer(s.crashes && w_.may_crash(), w_.serving() == Serving::target ? 6 : 1, &Driver::crash);
+  offer(w_.may_grow_journal(), 1, &Driver::grow_journal);
+  offer(s.crashes && w_.may_crash(), w_.serving() == Serving::target ? 12 : 1, &Driver::crash);
 
   std::uint64_t ticket = prng_.below(total);
   for (std::size_t i = 0; i < count; ++i) {
@@ -63,6 +64,7 @@ void Driver::step() {
 }
 
 void Driver::complete_source() { w_.complete_source(); }
+void Driver::grow_journal() { w_.grow_journal(); }
 void Driver::progress_source() { w_.source().progress(); }
 void Driver::complete_target() { w_.answer_target(); }
 void Driver::progress_target() { w_.target().progress(); }
@@ -332,7 +334,7 @@ void Driver::operate() {
       break;
     case Phase::in_sync:
       if (dice < 3) w_.command(Prepare{});
-      if (dice == 3) w_.command(Switch{{}, kind});
+      if (dice == 3 || dice >= 8) w_.command(Switch{{}, kind});
       if (dice == 4) change();
       if (dice == 6 && w_.setup().corruption) w_.target().corrupt();
       if (dice == 5 || (dice == 6 && w_.setup().corruption)) w_.command(Verify{});

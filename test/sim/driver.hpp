@@ -34,6 +34,7 @@ class Driver {
   void jump();
   void stall();
   void crash();
+  void grow_journal();
   void write_record();
   void meddle();
 

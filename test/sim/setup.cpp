@@ -1,5 +1,7 @@
 #include "test/sim/setup.hpp"
 
+#include "mirror/journal.hpp"
+
 namespace nbdferry::sim {
 
 namespace {
@@ -97,6 +99,10 @@ Setup make_setup(Prng& prng) {
   s.crashes = prng.chance(1, 2);
   s.fences = prng.chance(1, 4);
   s.corruption = prng.chance(1, 10);
+  if (!prng.chance(1, 8)) {
+    s.journal_bytes = (1 + prng.pick({1U, 2U, 4U, 128U})) * mirror::Journal::slot_bytes;
+    s.journal_bytes_max = s.journal_bytes + 32 * mirror::Journal::slot_bytes;
+  }
   s.check_invariants = prng.chance(1, 8);
   s.tick_always = prng.chance(1, 2);
 
@@ -115,7 +121,7 @@ mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   if (prng.chance(1, 8)) o.bandwidth = prng.pick({1U << 20, 8U << 20});
   if (prng.chance(1, 10)) o.deadline = std::chrono::milliseconds(prng.pick({10, 100, 1000}));
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
-  if (prng.chance(1, 6) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
+  if (prng.chance(1, 3) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
   if (prng.chance(1, 3)) o.consistency = mirror::Consistency::crash;
   o.verify = prng.chance(1, 12);
   o.skip_unreadable = s.stays_unreadable || prng.chance(1, 4);

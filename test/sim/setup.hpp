@@ -35,7 +35,10 @@ struct Setup {
   bool status_lags = false;       // block status does not see what was not flushed
   bool losses = false;
   bool restarts = false;
-  bool crashes = false;     // of our process
+  bool crashes = false;  // of our process
+  // What outlives it after a pivot, at first and in the end; none: it is not killed when that matters.
+  std::uint64_t journal_bytes = 0;
+  std::uint64_t journal_bytes_max = 0;
   bool fences = false;      // the target confirms that older connections are dead, and who it is
   bool corruption = false;  // silent, on the target; such histories never pivot
   bool check_invariants = false;  // after each event

@@ -36,6 +36,7 @@ void TargetModel::renew() {
 void TargetModel::restart() {
   if (sheltered_) return;
   cases_.saw(Case::server_restart);
+  cases_.saw_if(retained_, Case::died_with_target);
   cases_.saw_if(image.crash(prng_), Case::zeroes_undone);
 }
 
@@ -48,8 +49,8 @@ void TargetModel::open(bool another) {
   if (another && used_) {
     renew();
     replaced_ = true;
-  } else if (used_ && !sheltered_ && setup_.restarts && prng_.chance(1, 2)) {
-    (void)image.crash(prng_);
+  } else if (used_ && setup_.restarts && prng_.chance(1, 2)) {
+    restart();
   }
   used_ = true;
   image.forgive();
@@ -218,7 +219,7 @@ mirror::TargetDone TargetModel::answer(Time now) {
   mirror::TargetDone done{f.op().id, f.error(), {}, {}};
   if (f.error() != IoError::none) return done;
   if (f.writes()) written(f);
-  if (f.op().command == Command::flush) sheltered_ = false;
+  if (f.op().command == Command::flush) sheltered_ = retained_ = false;
   if (f.op().command == Command::read) done.data = f.take_data();
   if (f.op().command == Command::checksum) done.checksum = f.checksum();
   if (f.op().command == Command::block_status) {
@@ -270,8 +271,9 @@ mirror::TargetWindow TargetModel::regain_connection() {
   return window();
 }
 
-void TargetModel::lose_client(Time now, bool sheltered) {
+void TargetModel::lose_client(Time now, bool sheltered, bool retained) {
   sheltered_ = sheltered_ || sheltered;
+  retained_ = retained;
   for (auto& f : flights_) make_zombie(std::move(f), now);
   flights_.clear();
   bytes_in_flight_ = 0;

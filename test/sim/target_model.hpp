@@ -59,7 +59,8 @@ class TargetModel {
   [[nodiscard]] mirror::TargetWindow lose_all(Time now);
   // The client's process is killed: its connections are gone, with what is in flight. `sheltered`: what
   // is not flushed is lost with nobody who could bring it back, so that it does not restart before it is.
-  void lose_client(Time now, bool sheltered);
+  // `retained`: there is something that the client's next life is to bring back if it does.
+  void lose_client(Time now, bool sheltered, bool retained);
   void progress();
   void write_back();
   void corrupt();
@@ -112,6 +113,7 @@ class TargetModel {
   Link link_ = Link::closed;
   bool healthy_ = false;
   bool sheltered_ = false;
+  bool retained_ = false;
   bool replaced_ = false;  // since the state began
   bool can_checksum_ = false;
   bool used_ = false;  // opened before: it may hold another migration's data

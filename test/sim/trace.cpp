@@ -67,6 +67,9 @@ struct EventText {
   }
   S operator()(const mirror::Abort& e) const { return command(e.command, "abort"); }
   S operator()(const mirror::KeepState&) const { return "keep state"; }
+  S operator()(const mirror::KeepJournal& e) const {
+    return fmt::format("keep journal: {} bytes", e.memory.size());
+  }
   S operator()(const mirror::ServeTarget&) const { return "serve target"; }
   S operator()(const mirror::Suspend& e) const { return command(e.command, "suspend"); }
   S operator()(const mirror::Unfence& e) const { return command(e.command, "unfence"); }

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "mirror/journal.hpp"
 #include "mirror/resume_map.hpp"
 
 namespace nbdferry::sim {
@@ -106,6 +107,7 @@ void World::write_record(bool ok) {
   }
   // A target that can't flush may have been restarted since the commit began.
   if (setup_.target.can_flush) check_identical("when the record was written", true, false);
+  if (kind == SwitchKind::pivot) keep_journal();
   switched_over(kind);
   apply(RecordWritten{true, {}});
 }
@@ -125,9 +127,10 @@ void World::switched_over(SwitchKind kind) {
   }
 }
 
-// After a pivot what was written again, or may have to be, is remembered by the process alone.
+// After a pivot without a journal what was written again, or may have to be, is remembered by the process
+// alone.
 bool World::may_crash() const {
-  return serving_ != Serving::target ||
+  return serving_ != Serving::target || !journal_.empty() ||
          (target_.up() && !target_.haunted() && !target_failed_ && status_.suspect_bytes == 0 &&
           target_.losses() == losses_before_);
 }
@@ -147,7 +150,8 @@ void World::crash() {
   if (!next_state_.empty()) state_ = std::exchange(next_state_, {});
   if (serving_ == Serving::nobody) state_.clear();  // another host writes to the target now
   source_.crash();
-  target_.lose_client(now_, serving_ == Serving::target);
+  const bool pivoted = serving_ == Serving::target;
+  target_.lose_client(now_, pivoted && journal_.empty(), pivoted && status_.buffered_bytes != 0);
   trace_.line("crash");
   limit_bandwidth(options_.bandwidth);
   EngineConfig config = setup_.engine;
@@ -157,7 +161,8 @@ void World::crash() {
   const std::span<std::byte> state = std::as_writable_bytes(std::span(state_));
   if (serving_ == Serving::target) {
     another_target_ = false;
-    apply(ServeTarget{options_, state});
+    keep_journal();
+    apply(ServeTarget{options_, state, !journal_.empty()});
   } else if (serving_ == Serving::source && running_ && !state_.empty()) {
     cases_.saw(Case::resumed);
     swapped_ = swapped_ || another_target_;
@@ -167,6 +172,17 @@ void World::crash() {
     apply(KeepState{state, setup_.quarantine});
   }
   for (auto& request : guest_.ask_again()) apply(std::move(request));
+}
+
+void World::keep_journal() {
+  if (journal_.empty()) return;
+  apply(KeepJournal{std::as_writable_bytes(std::span(journal_)).first(journal_bytes_)});
+}
+
+void World::grow_journal() {
+  const std::uint64_t most = setup_.journal_bytes_max - journal_bytes_;
+  journal_bytes_ += std::min(most, prng_.between(1, 32) * Journal::slot_bytes);
+  keep_journal();
 }
 
 void World::heal() {
@@ -269,6 +285,10 @@ void World::act(WriteRecord& a) {
   record_ = a.kind;
   require(!unacknowledged_, "a switchover, though a verification found a difference");
   require(!unproven_, "a switchover to a target that might be another one");
+  if (a.kind == SwitchKind::pivot) {
+    journal_.assign(setup_.journal_bytes_max / sizeof(std::uint64_t), 0);
+    journal_bytes_ = setup_.journal_bytes;
+  }
   check_identical("at the commit", setup_.target.can_flush, false);
 }
 
@@ -453,6 +473,7 @@ void World::count_cases() {
   cases_.saw_if(c.hot_left_for_last != 0, Case::hot_left_for_last);
   cases_.saw_if(c.overwritten != 0, Case::overwritten);
   cases_.saw_if(c.distrusted != 0, Case::distrusted);
+  cases_.saw_if(c.journal_waits != 0, Case::journal_full);
   cases_.saw_if(source_.mended(), Case::unreadable_mended);
 }
 

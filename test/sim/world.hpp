@@ -51,8 +51,12 @@ class World {
   void come_up();
   void write_record(bool ok);
   [[nodiscard]] bool may_crash() const;
-  // The process is killed, and started again: with what the record says, and the state.
+  // The process is killed, and started again: with what the record says, the state and the journal.
   void crash();
+  [[nodiscard]] bool may_grow_journal() const {
+    return serving_ == mirror::Serving::target && journal_bytes_ < setup_.journal_bytes_max;
+  }
+  void grow_journal();
   void lose_target() { apply(target_.lose_all(now_)); }
   void heal();
 
@@ -104,6 +108,7 @@ class World {
   void act(mirror::Notice& a) { verified(a.text); }
 
   void switched_over(mirror::SwitchKind kind);
+  void keep_journal();
   void set(mirror::Set&& event);
   void limit_bandwidth(std::uint64_t rate);
   void verified(const std::string& text);
@@ -130,6 +135,8 @@ class World {
   std::optional<mirror::SwitchKind> record_;
   std::vector<std::uint64_t> state_;       // what outlives the process; none, if empty
   std::vector<std::uint64_t> next_state_;  // of a migration that waits for the end of another one
+  std::vector<std::uint64_t> journal_;     // so does this, after a pivot …
+  std::uint64_t journal_bytes_ = 0;        // … of which there is so much so far
   mirror::MigrateOptions options_;         // of the last migration
   bool running_ = false;                   // the state says that it is to go on by itself
   bool kept_ = false;                // of a migration that has ended: another one may go on from it

@@ -42,7 +42,8 @@ class Host:
             return ["qemu-nbd", "-t", "-e", "16", "-f", "raw", "-x", "", "--discard=unmap", "-k",
                     self.socket, self.disk]
         if self.kind == "nbdkit":
-            return ["nbdkit", "-f", "-U", self.socket, "file", self.disk]
+            # Killed, it has lost what was not flushed.
+            return ["nbdkit", "-f", "-U", self.socket, "--filter=cache", "file", self.disk]
         return [ferry.NBDFERRY, "serve", "--state", os.path.join(self.soak.state, self.name),
                 *(["--incoming"] if self.incoming else []), self.disk]
 
