@@ -266,7 +266,7 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
   const bool good = error == IoError::none;
   if (good) {
     for (const auto& r : unflushed_.succeeded(*map_)) trust_flushed(r);
-  } else if (!ended_) {
+  } else {
     ++context_.counters.flush_failures;
     flush_failed_ = !NBDFERRY_MUTANT(zeroes_survive_failed_flush);
     // A flush that is tried again proves nothing: what it should have covered may be gone (rule 7).
@@ -282,8 +282,6 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
       for (const auto& r : in_flight) mark_stale(r, "a flush of the target failed");
     }
     if (error != IoError::lost) target_failed(op, error);
-  } else {
-    (void)unflushed_.failed(*map_);
   }
   switchover_.flushed(op.id, good);
 }
@@ -321,10 +319,9 @@ void Migration::target_done(TargetDone&& event) {
     flush_done(op, event.error);
     return;
   }
-  if (event.error != IoError::none && wrote && !ended_) {
-    if (!NBDFERRY_MUTANT(failed_target_not_stale)) {
-      mark_stale(blocks_of(op.range), "a target operation failed");
-    }
+  // After the end, too: what is kept for a restart must not say that it is there.
+  if (event.error != IoError::none && wrote && !NBDFERRY_MUTANT(failed_target_not_stale)) {
+    mark_stale(blocks_of(op.range), "a target operation failed");
   }
   const IoError error = event.error;
   switch (op.kind) {
