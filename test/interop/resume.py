@@ -209,7 +209,7 @@ def paused(rig):
     """What the operator has paused stays so, until he says otherwise."""
     uri = ferry.qemu_nbd(rig.scratch, rig.target)
     rig.serve()
-    rig.migrate_to(1 / 2, uri, "--bandwidth", "32M")
+    rig.migrate_to(1 / 2, uri, "--bandwidth", "32M", "--quarantine", "500ms")
     rig.disk.ok("pause")
     rig.kill()
     rig.serve()
