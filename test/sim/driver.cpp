@@ -334,7 +334,7 @@ void Driver::operate() {
       break;
     case Phase::in_sync:
       if (dice < 3) w_.command(Prepare{});
-      if (dice == 3 || dice >= 8) w_.command(Switch{{}, kind});
+      if (dice == 3 || (dice >= 8 && w_.setup().pivots)) w_.command(Switch{{}, kind});
       if (dice == 4) change();
       if (dice == 6 && w_.setup().corruption) w_.target().corrupt();
       if (dice == 5 || (dice == 6 && w_.setup().corruption)) w_.command(Verify{});

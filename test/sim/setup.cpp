@@ -13,7 +13,7 @@ void choose_sizes(Setup& s, Prng& prng) {
   s.engine.promised_block_min = prng.pick({1U, 1U, 1U, 512U, 4096U});
   s.target.block_min = prng.pick({1U, 1U, 512U, 512U, 4096U, 65536U});
   // A pivot wants a target that keeps what the guest was promised.
-  if (prng.chance(1, 2)) {
+  if (s.pivots || prng.chance(1, 2)) {
     s.target.block_min = std::min(s.target.block_min, s.engine.promised_block_min);
   }
   // A size in whole blocks of everybody; else, often, one that ends within a 4 KiB block.
@@ -53,7 +53,7 @@ void choose_target(Setup& s, Prng& prng) {
   auto& t = s.target;
   t.payload_max = prng.pick({4096U, 16384U, 65536U, 32U * 1024 * 1024});
   t.payload_max = std::max(t.payload_max, t.block_min);
-  t.can_flush = !prng.chance(1, 8);
+  t.can_flush = s.pivots || !prng.chance(1, 8);
   t.can_fua = t.can_flush && prng.chance(1, 2);
   t.can_trim = prng.chance(1, 2);
   t.can_zero = prng.chance(2, 3);
@@ -70,6 +70,7 @@ Setup make_setup(Prng& prng) {
   using std::chrono::microseconds;
   using std::chrono::milliseconds;
   Setup s;
+  s.pivots = prng.chance(1, 5);
   choose_sizes(s, prng);
   choose_limits(s, prng);
   choose_target(s, prng);
@@ -96,9 +97,9 @@ Setup make_setup(Prng& prng) {
   s.status_lags = prng.chance(1, 2);
   s.losses = prng.chance(1, 2);
   s.restarts = prng.chance(2, 3);
-  s.crashes = prng.chance(1, 2);
+  s.crashes = prng.chance(s.pivots ? 3 : 2, 4);
   s.fences = prng.chance(1, 4);
-  s.corruption = prng.chance(1, 10);
+  s.corruption = !s.pivots && prng.chance(1, 10);
   if (!prng.chance(1, 8)) {
     s.journal_bytes = (1 + prng.pick({1U, 2U, 4U, 128U})) * mirror::Journal::slot_bytes;
     s.journal_bytes_max = s.journal_bytes + 32 * mirror::Journal::slot_bytes;
@@ -121,7 +122,9 @@ mirror::MigrateOptions make_options(const Setup& s, Prng& prng) {
   if (prng.chance(1, 8)) o.bandwidth = prng.pick({1U << 20, 8U << 20});
   if (prng.chance(1, 10)) o.deadline = std::chrono::milliseconds(prng.pick({10, 100, 1000}));
   if (prng.chance(1, 10)) o.switch_when = mirror::SwitchWhen::release;
-  if (prng.chance(1, 3) && !s.corruption) o.switch_when = mirror::SwitchWhen::pivot;
+  if (prng.chance(1, s.pivots ? 2 : 6) && !s.corruption) {
+    o.switch_when = mirror::SwitchWhen::pivot;
+  }
   if (prng.chance(1, 3)) o.consistency = mirror::Consistency::crash;
   o.verify = prng.chance(1, 12);
   o.skip_unreadable = s.stays_unreadable || prng.chance(1, 4);

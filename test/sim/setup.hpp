@@ -35,6 +35,7 @@ struct Setup {
   bool status_lags = false;       // block status does not see what was not flushed
   bool losses = false;
   bool restarts = false;
+  bool pivots = false;   // soon
   bool crashes = false;  // of our process
   // What outlives it after a pivot, at first and in the end; none: it is not killed when that matters.
   std::uint64_t journal_bytes = 0;
