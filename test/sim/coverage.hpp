@@ -51,7 +51,6 @@ enum class Case : unsigned {
   crashed_with_suspects,
   crashed_after_pivot,
   died_with_target,
-  journal_full,
   suspended,
   distrusted,
   count,
@@ -100,7 +99,6 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "crashed_with_suspects",
     "crashed_after_pivot",
     "died_with_target",
-    "journal_full",
     "suspended",
     "distrusted",
 };
