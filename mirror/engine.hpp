@@ -99,7 +99,6 @@ struct Counters {
   std::uint64_t hot_left_for_last = 0;
   std::uint64_t overwritten = 0;    // stale chunks that were mirrored whole, never copied
   std::uint64_t epochs_waited = 0;  // a mirrored write waited for an earlier epoch
-  std::uint64_t journal_waits = 0;  // pivoted: a write waited for room in the journal
   std::uint64_t distrusted = 0;     // resumed, and the target was not what it had been
 };
 

@@ -141,12 +141,10 @@ bool Pivoted::try_flush(GuestOp& op) {
 }
 
 // Is there room for it, when it has been answered?
-bool Pivoted::may_retain(Command command, ByteRange piece) {
+bool Pivoted::may_retain(Command command, ByteRange piece) const {
   if (retained_bytes_ >= options_.buffer_bytes) return false;
-  if (!journal_.kept()) return true;
-  const std::uint64_t taken = slots_reserved_ + Journal::slots_for(command, piece);
-  if (taken > journal_.free_slots()) ++context_.counters.journal_waits;
-  return taken <= journal_.free_slots();
+  return !journal_.kept() ||
+         slots_reserved_ + Journal::slots_for(command, piece) <= journal_.free_slots();
 }
 
 bool Pivoted::try_pieces(GuestOp& op, Request& request) {

@@ -83,7 +83,7 @@ class Pivoted {
   }
   [[nodiscard]] bool try_submit(GuestOp& op);
   [[nodiscard]] bool try_flush(GuestOp& op);
-  [[nodiscard]] bool may_retain(Command command, ByteRange piece);
+  [[nodiscard]] bool may_retain(Command command, ByteRange piece) const;
   [[nodiscard]] bool try_pieces(GuestOp& op, Request& request);
   [[nodiscard]] std::uint64_t piece_bytes(Command command) const;
   void submit_piece(GuestOp& op, Request& request, ByteRange piece);

@@ -52,7 +52,6 @@ enum class Case : unsigned {
   crashed_with_suspects,
   crashed_after_pivot,
   died_with_target,
-  journal_full,
   suspended,
   distrusted,
   count,
@@ -102,7 +101,6 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "crashed_with_suspects",
     "crashed_after_pivot",
     "died_with_target",
-    "journal_full",
     "suspended",
     "distrusted",
 };

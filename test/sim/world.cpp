@@ -473,7 +473,6 @@ void World::count_cases() {
   cases_.saw_if(c.hot_left_for_last != 0, Case::hot_left_for_last);
   cases_.saw_if(c.overwritten != 0, Case::overwritten);
   cases_.saw_if(c.distrusted != 0, Case::distrusted);
-  cases_.saw_if(c.journal_waits != 0, Case::journal_full);
   cases_.saw_if(source_.mended(), Case::unreadable_mended);
 }
 
