@@ -105,12 +105,11 @@ std::optional<std::uint64_t> Oracle::cut_for(std::uint64_t u, const std::byte* b
   return best == UINT64_MAX ? std::nullopt : std::optional(best);
 }
 
-std::optional<std::uint64_t> Oracle::impossible_after_cut(
-    const std::byte* image, const std::function<bool(std::uint64_t unit)>& left_out) const {
+std::optional<std::uint64_t> Oracle::impossible_after_cut(const std::byte* image) const {
   for (std::uint64_t cut = 0, before = UINT64_MAX; cut != before;) {
     before = cut;
     for (std::uint64_t u = 0; u < heads_.size(); ++u) {
-      if (heads_[u] < 0 || left_out(u)) continue;
+      if (heads_[u] < 0) continue;
       const auto at = cut_for(u, image + u * unit_size, cut);
       if (!at) return u * unit_size;
       cut = *at;

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <vector>
 
@@ -56,9 +55,8 @@ class Oracle {
 
   // Is there a moment at which a power cut could have left this on the guest's disk (the whole of it)?
   // Each unit that was written holds one of its versions: submitted before that moment, and no newer
-  // one flushed before it. Returns a byte of a unit that rules it out; but not of one that is left out.
-  [[nodiscard]] std::optional<std::uint64_t> impossible_after_cut(
-      const std::byte* image, const std::function<bool(std::uint64_t unit)>& left_out) const;
+  // one flushed before it. Returns a byte of a unit that rules it out.
+  [[nodiscard]] std::optional<std::uint64_t> impossible_after_cut(const std::byte* image) const;
 
  private:
   enum class Kind : std::uint8_t { write, zero, trim, undefined, nothing };

@@ -82,6 +82,7 @@ class TargetModel {
     replaced_ = false;
     ours_.assign(image.units(), false);
   }
+  [[nodiscard]] bool replaced() const { return replaced_; }
   // A zombie wrote there, and nobody has since, or not yet durably: the core cannot know of it.
   [[nodiscard]] bool haunted(std::uint64_t unit) const {
     return haunted_at_[unit] != 0 || (was_haunted_[unit] && image.dirty(unit));
