@@ -62,7 +62,7 @@ def full_buffer(scratch, load):
     """Peak resident bytes."""
     source = write_disk(scratch.file("source.img"), SMALL)
     target = Nbdkit(scratch, "--filter=rate", "file",
-                    fresh_target(scratch.file("target.img"), SMALL), "rate=800M")
+                    fresh_target(scratch.file("target.img"), SMALL), "rate=200M")
     serve = Serve(scratch, source)
     # Mode auto and pacing would see to it that it does not get full.
     serve.command("migrate", "--wait", "--mode", "async", "--max-delay", "0ms", target.uri)
