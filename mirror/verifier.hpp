@@ -41,6 +41,8 @@ class Verifier {
   void source_done(SourceDone&& event);
   void target_done(const TargetOp& op, TargetDone&& event);
   void finish_if_done();
+  // Does the target hold `range`, and is nothing about to change that?
+  [[nodiscard]] bool quiet(ByteRange range);
 
  private:
   enum class Purpose : std::uint8_t { none, whole, samples };
@@ -63,7 +65,6 @@ class Verifier {
 
   [[nodiscard]] std::uint64_t comparison_bytes() const;
   [[nodiscard]] std::optional<Job> next_job();
-  [[nodiscard]] bool quiet(ByteRange range);
   void again(Job job);
   [[nodiscard]] bool left_out(ByteRange range, bool unreadable);
   void compare(Comparison& c);

@@ -53,6 +53,9 @@ enum class Case : unsigned {
   crashed_after_pivot,
   suspended,
   distrusted,
+  path_used,
+  path_refused,
+  path_lost,
   count,
 };
 
@@ -101,6 +104,9 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "crashed_after_pivot",
     "suspended",
     "distrusted",
+    "path_used",
+    "path_refused",
+    "path_lost",
 };
 
 // Plain data: lives in memory shared with the worker processes.

@@ -94,6 +94,7 @@ Setup make_setup(Prng& prng) {
   s.restarts = prng.chance(2, 3);
   s.crashes = prng.chance(1, 2);
   s.fences = prng.chance(1, 4);
+  s.paths = prng.chance(1, 3);
   s.corruption = prng.chance(1, 10);
   s.check_invariants = prng.chance(1, 8);
   s.tick_always = prng.chance(1, 2);

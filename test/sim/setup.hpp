@@ -37,6 +37,7 @@ struct Setup {
   bool restarts = false;
   bool crashes = false;     // of our process
   bool fences = false;      // the target confirms that older connections are dead, and who it is
+  bool paths = false;       // there are other ones, to the same target or to another one
   bool corruption = false;  // silent, on the target; such histories never pivot
   bool check_invariants = false;  // after each event
   bool tick_always = false;       // ticks even when the core does not want them

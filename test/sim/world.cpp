@@ -69,13 +69,22 @@ void World::complete_source() {
 
 void World::answer_target() {
   TargetDone done = target_.answer(now_);
+  const bool leaves = done.error == IoError::shutdown;
   if (serving_ == Serving::target && done.error != IoError::none) {
     target_failed_ = true;
-    if (done.error != IoError::lost) {
+    if (done.error != IoError::lost && !leaves) {
       guest_.disk_failed(target_.last().command, target_.last().range, event_ + 1);
     }
   }
   apply(std::move(done));
+  if (leaves && target_.up()) lose_target();
+}
+
+// One of its connections, and with it a path. After a pivot nobody could tell what its server has lost.
+void World::lose_path() {
+  apply(target_.lose_connection());
+  apply(target_.lose_path(serving_ == Serving::source));
+  cases_.saw(Case::path_lost);
 }
 
 void World::write_record(bool ok) {
@@ -239,6 +248,24 @@ void World::act(Reply& a) {
     authority.unreachable = !target_.up() && now_ - target_.down_since() >= setup_.reconnect_delay;
   }
   guest_.replied(a, authority, event_);
+}
+
+void World::act(UsePath& a) {
+  const auto what = target_.decided(a.path);
+  require(what == TargetModel::OtherPath::same || what == TargetModel::OtherPath::gone,
+          "a path is used that does not lead to the target");
+  cases_.saw_if(what == TargetModel::OtherPath::same, Case::path_used);
+}
+
+void World::act(RefusePath& a) {
+  const auto what = target_.decided(a.path);
+  require(what != TargetModel::OtherPath::unknown, "a path is refused that was not found");
+  const bool may_fail =
+      setup_.corruption || serving_ == Serving::target ||
+      (setup_.target_errors && a.reason.find("can't be read") != std::string::npos);
+  require(what != TargetModel::OtherPath::same || may_fail, "a path to the target is refused: {}",
+          a.reason);
+  cases_.saw_if(what == TargetModel::OtherPath::another, Case::path_refused);
 }
 
 void World::act(WriteRecord& a) {

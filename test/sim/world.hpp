@@ -54,6 +54,7 @@ class World {
   // The process is killed, and started again: with what the record says, and the state.
   void crash();
   void lose_target() { apply(target_.lose_all(now_)); }
+  void lose_path();
   void heal();
 
   // --- looking at it
@@ -97,6 +98,8 @@ class World {
   void act(mirror::Reply& a);
   void act(mirror::OpenTarget&) { target_.open(std::exchange(another_target_, false)); }
   void act(mirror::CloseTarget&) { target_.close(now_); }
+  void act(mirror::UsePath& a);
+  void act(mirror::RefusePath& a);
   void act(mirror::WriteRecord& a);
   void act(mirror::CommandDone& a);
   void act(mirror::Ended&) { running_ = false; }
