@@ -89,7 +89,7 @@ void ExportImpl::serve_target(std::span<std::byte> state) {
   } catch (const std::exception&) {
     request_ = {};  // the options' defaults will do
   }
-  request_.uris = ownership_.uris;
+  request_.uris = ownership_.uris;  // for the status; the target is opened by what the record says
   migration_id_ = ownership_.migration_id;
   log_line(
       fmt::format("{}: pivoted: serving from {}", options_.disk, fmt::join(ownership_.uris, " ")));

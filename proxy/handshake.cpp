@@ -20,6 +20,7 @@ constexpr std::string_view allocation_context = "base:allocation";
 constexpr std::string_view migration_prefix = "x-nbdferry:migration=";
 constexpr std::string_view session_prefix = "x-nbdferry:session=";
 constexpr std::string_view holds_prefix = "x-nbdferry:holds=";
+constexpr std::string_view knows_prefix = "x-nbdferry:knows=";
 constexpr std::size_t session_max = 64;
 
 std::span<const std::byte> bytes_of(std::string_view text) {
@@ -302,6 +303,7 @@ void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
   reply_value(migration_context_id, migration_prefix, selected.migration);
   reply_value(session_context_id, session_prefix, selected.session);
   reply_value(holds_context_id, holds_prefix, selected.holds);
+  reply_value(knows_context_id, knows_prefix, selected.knows);
   reply(OptionReply::ack);
   if (!set) return;
   negotiated_.contexts = std::move(selected);
@@ -324,6 +326,9 @@ void Handshake::select(std::string_view query, const Front& front, bool set,
   } else if (query.starts_with(holds_prefix)) {
     const auto value = query.substr(holds_prefix.size());
     if (!value.empty() && front.holds_migration(value)) selected.holds = value;
+  } else if (query.starts_with(knows_prefix)) {
+    const auto value = query.substr(knows_prefix.size());
+    if (!value.empty() && front.knows_session(value)) selected.knows = value;
   }
 }
 

@@ -27,6 +27,7 @@ struct Contexts {
   std::string migration;    // value of x-nbdferry:migration=…, if it was selected
   std::string session;      // likewise, of x-nbdferry:session=…; only of a migration
   std::string holds;        // likewise, of x-nbdferry:holds=…
+  std::string knows;        // likewise, of x-nbdferry:knows=…
 };
 struct Negotiated {
   Front* front = nullptr;
@@ -39,6 +40,7 @@ inline constexpr std::uint32_t allocation_context_id = 1;
 inline constexpr std::uint32_t migration_context_id = 2;
 inline constexpr std::uint32_t session_context_id = 3;
 inline constexpr std::uint32_t holds_context_id = 4;
+inline constexpr std::uint32_t knows_context_id = 5;
 
 [[nodiscard]] std::uint16_t transmission_flags(const ExportInfo& info, bool structured_replies);
 

@@ -241,6 +241,11 @@ mirror::TargetDone TargetModel::answer(Time now) {
   return done;
 }
 
+bool TargetModel::reading() const {
+  return std::any_of(flights_.begin(), flights_.end(),
+                     [](const Flight& f) { return f.op().command == Command::read; });
+}
+
 mirror::TargetWindow TargetModel::lose_all(Time now) {
   link_ = Link::dying;
   living_ = 0;
@@ -289,10 +294,11 @@ mirror::PathLost TargetModel::lose_path(bool restarts) {
 // --- other paths
 
 mirror::PathFound TargetModel::find_path() {
-  found_.push_back({PathId{++last_path_}, prng_.chance(2, 3)});
+  const bool same = prng_.chance(2, 3);
+  found_.push_back({PathId{++last_path_}, same, same && prng_.chance(1, 2)});
   mirror::PathFound event;
   event.path = found_.back().id;
-  event.known = found_.back().same && prng_.chance(1, 2);
+  event.known = found_.back().known;
   for (auto& b : event.nonce) b = static_cast<std::byte>(prng_.below(256));
   return event;
 }
@@ -313,9 +319,11 @@ const TargetModel::Found* TargetModel::found(PathId path) const {
 
 TargetModel::OtherPath TargetModel::decided(PathId path) {
   if (const Found* f = found(path)) {
-    const bool same = f->same;
+    const OtherPath what = f->known  ? OtherPath::known
+                           : f->same ? OtherPath::same
+                                     : OtherPath::another;
     std::erase_if(found_, [&](const Found& o) { return o.id == path; });
-    return same ? OtherPath::same : OtherPath::another;
+    return what;
   }
   return std::erase(gone_, path) != 0 ? OtherPath::gone : OtherPath::unknown;
 }

@@ -30,6 +30,7 @@ class TargetModel {
     return link_ != Link::up && link_ != Link::closed && link_ != Link::refused;
   }
   [[nodiscard]] bool busy() const { return !flights_.empty(); }
+  [[nodiscard]] bool reading() const;
   // Memory that writes in flight stand for, counted as the core's buffer counts it.
   [[nodiscard]] std::uint64_t buffer_in_flight() const;
   [[nodiscard]] std::uint64_t losses() const { return losses_; }
@@ -58,7 +59,7 @@ class TargetModel {
   [[nodiscard]] mirror::PathLost lose_path(bool restarts);
 
   // Other paths, to this export or to another one.
-  enum class OtherPath { same, another, gone, unknown };
+  enum class OtherPath { same, known, another, gone, unknown };
   [[nodiscard]] mirror::PathFound find_path();
   void lose_found_path();
   [[nodiscard]] std::size_t found_paths() const { return found_.size(); }
@@ -108,6 +109,7 @@ class TargetModel {
   struct Found {
     PathId id;
     bool same;
+    bool known;
   };
 
   [[nodiscard]] const Found* found(PathId path) const;

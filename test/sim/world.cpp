@@ -80,10 +80,10 @@ void World::answer_target() {
   if (leaves && target_.up()) lose_target();
 }
 
-// One of its connections, and with it a path. After a pivot nobody could tell what its server has lost.
+// One of its connections, and with it a path. What the guest is just reading is not asked for again.
 void World::lose_path() {
   apply(target_.lose_connection());
-  apply(target_.lose_path(serving_ == Serving::source));
+  apply(target_.lose_path(serving_ == Serving::source || !target_.reading()));
   cases_.saw(Case::path_lost);
 }
 
@@ -251,21 +251,23 @@ void World::act(Reply& a) {
 }
 
 void World::act(UsePath& a) {
-  const auto what = target_.decided(a.path);
-  require(what == TargetModel::OtherPath::same || what == TargetModel::OtherPath::gone,
+  using Other = TargetModel::OtherPath;
+  const Other what = target_.decided(a.path);
+  require(what != Other::unknown && what != Other::another,
           "a path is used that does not lead to the target");
-  cases_.saw_if(what == TargetModel::OtherPath::same, Case::path_used);
+  cases_.saw_if(what != Other::gone, Case::path_used);
 }
 
 void World::act(RefusePath& a) {
-  const auto what = target_.decided(a.path);
-  require(what != TargetModel::OtherPath::unknown, "a path is refused that was not found");
-  const bool may_fail =
-      setup_.corruption || serving_ == Serving::target ||
-      (setup_.target_errors && a.reason.find("can't be read") != std::string::npos);
-  require(what != TargetModel::OtherPath::same || may_fail, "a path to the target is refused: {}",
-          a.reason);
-  cases_.saw_if(what == TargetModel::OtherPath::another, Case::path_refused);
+  using Other = TargetModel::OtherPath;
+  const Other what = target_.decided(a.path);
+  require(what != Other::unknown, "a path is refused that was not found");
+  const bool unreadable = a.reason.find("can't be read") != std::string::npos;
+  const bool may_fail = setup_.corruption || (setup_.target_errors && unreadable) ||
+                        (serving_ == Serving::target && what != Other::known);
+  require((what != Other::same && what != Other::known) || may_fail,
+          "a path to the target is refused: {}", a.reason);
+  cases_.saw_if(what == Other::another, Case::path_refused);
 }
 
 void World::act(WriteRecord& a) {

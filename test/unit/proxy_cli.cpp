@@ -215,7 +215,7 @@ TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong
   }
   wrong({"migrate", "nbd://h"}, "--control");
   wrong({"migrate", "--control", "c"}, "URI");
-  wrong({"migrate", "--control", "c", "nbd://a", "nbd://b"}, "several paths");
+  wrong({"migrate", "--control", "c", "nbd://a", "nbd://b", "--via", "10.0.0.1"}, "2 URIs");
   wrong({"migrate", "--control", "c", "--mode", "fast", "nbd://h"}, "fast");
   wrong({"migrate", "--control", "c", "--max-delay", "5", "nbd://h"}, "not a time");
   wrong({"migrate", "--control", "c", "--connections", "many", "nbd://h"}, "many");

@@ -236,6 +236,14 @@ void Driver::note(mirror::Event&& event) {
   } else if (std::holds_alternative<mirror::TargetClosed>(event)) {
     CHECK(unanswered() == 0);
     log.emplace_back("closed");
+  } else if (auto* path = std::get_if<mirror::PathFound>(&event)) {
+    found.push_back(*path);
+  } else if (auto* path_lost = std::get_if<mirror::PathLost>(&event)) {
+    log.emplace_back("path lost");
+    reason = path_lost->reason;
+  } else if (auto* path_refused = std::get_if<mirror::PathRefused>(&event)) {
+    log.emplace_back("path refused");
+    reason = path_refused->reason;
   } else {
     auto& answer = std::get<mirror::TargetDone>(event);
     const bool first = done_.emplace(answer.id, std::move(answer)).second;

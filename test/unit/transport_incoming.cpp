@@ -30,11 +30,13 @@ class Nbdferry {
     config.migration_id = migration_id;
     return config;
   }
+  // By both of its sockets.
+  [[nodiscard]] std::string other_uri() const { return "nbd+unix:///?socket=" + dir_.path("t"); }
 
  private:
   static std::vector<std::string> command(std::vector<std::string> options, const TempDir& dir) {
-    std::vector<std::string> all = {NBDFERRY_PROGRAM, "serve",     "--socket",
-                                    dir.path("s"),    "--control", dir.path("c")};
+    std::vector<std::string> all = {NBDFERRY_PROGRAM, "serve",       "--socket",  dir.path("s"),
+                                    "--socket",       dir.path("t"), "--control", dir.path("c")};
     all.insert(all.end(), options.begin(), options.end());
     all.push_back(dir.file("disk", 8 * mib));
     return all;
@@ -90,6 +92,36 @@ TEST_CASE("an incoming nbdferry takes writes from its migration and from nobody 
     CHECK(accepted(newer));
     CHECK(write_error(newer) == IoError::none);
     CHECK(ours.until([&] { return ours.count("lost") >= 1; }));
+  }
+}
+
+TEST_CASE("another path to an incoming nbdferry proves itself, and a wrong one is left untouched") {
+  Nbdferry server({"--incoming"});
+  Nbdferry wrong({"--incoming"});
+  auto config = server.config(id_of('a', '1'));
+  SUBCASE("the same") {
+    config.uris.push_back(server.other_uri());
+    Driver d(config);
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK(d.until([&] { return d.connections(0) == 4 && d.connections(1) == 4; }));
+    CHECK(d.found.empty());
+    for (std::uint64_t i = 0; i < 32; ++i) (void)d.write(i * 65536, 65536, 'x');
+    REQUIRE(d.until([&] { return d.unanswered() == 0; }));
+    CHECK(d.target->paths()[1].sent_bytes > 0);
+    CHECK(write_error(d) == IoError::none);
+    CHECK(d.count("lost") == 0);
+  }
+  SUBCASE("another one") {
+    config.uris.push_back(wrong.other_uri());
+    Driver d(config);
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK(d.until([&] { return d.count("path refused") == 1; }));
+    MESSAGE(d.reason);
+    CHECK(d.reason.find("does not know this migration") != std::string::npos);
+    // It is anybody's still.
+    Driver other(wrong.config(id_of('b', '1')));
+    REQUIRE(other.open());
+    CHECK(accepted(other));
   }
 }
 
