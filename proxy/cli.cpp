@@ -182,7 +182,7 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
          "This host's address to connect from: one for each URI, in their order, or several "
          "for the one URI, which make as many paths")
       ->type_name("ADDRESS")
-      ->expected(1);
+      ->allow_extra_args(false);
   add_choice<mirror::Mode>(app, "--mode",
                            "When guest writes are answered: after the source (async), after both "
                            "sides (sync), or as the target keeps up (auto, the default)",

@@ -37,7 +37,7 @@ struct PathState {
   std::string via;  // empty: any address of ours
   // "connecting", "up", "down", "refused", "standby" (the target takes one connection at a time)
   std::string state;
-  bool known = false;        // it was proved to lead to the target
+  bool known = false;            // it was proved to lead to the target
   unsigned connections = 0;      // living
   std::uint64_t sent_bytes = 0;  // payload bytes of answered writes and zeroes sent as data
   std::uint64_t rtt_us = 0;      // smoothed, of requests up to 16 KiB; 0: unknown

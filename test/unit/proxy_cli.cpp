@@ -121,6 +121,10 @@ TEST_CASE("cli: migrate's options") {
                                      "--answer-timeout",
                                      "3s",
                                      "--skip-unreadable",
+                                     "--via",
+                                     "10.0.0.1",
+                                     "--via",
+                                     "::1",
                                      "nbd://h/x"});
   CHECK(full.name == "migrate");
   CHECK(full.control == "c");
@@ -128,6 +132,7 @@ TEST_CASE("cli: migrate's options") {
   const auto& migrate = std::get<MigrateCommand>(full.action);
   CHECK(migrate.wait);
   CHECK(migrate.request.uris == Args{"nbd://h/x"});
+  CHECK(migrate.request.vias == Args{"10.0.0.1", "::1"});
   CHECK(migrate.request.connections == 8);
   CHECK(migrate.request.answer_timeout == Duration{3s});
   const mirror::MigrateOptions& options = migrate.request.options;

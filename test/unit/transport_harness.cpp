@@ -313,8 +313,8 @@ mirror::TargetDone Driver::call(mirror::DiskOp op) {
 }
 
 const mirror::TargetDone* Driver::done(OpId id) const {
-  const auto found = done_.find(id);
-  return found == done_.end() ? nullptr : &found->second;
+  const auto at = done_.find(id);
+  return at == done_.end() ? nullptr : &at->second;
 }
 
 std::size_t Driver::count(const std::string& what) const {
