@@ -42,12 +42,13 @@ void Copier::start_copies() {
 }
 
 std::optional<ByteRange> Copier::readable_part(ByteRange run) {
-  // Leave out what could not be read, until it is time to try again.
+  // A path is being proved there.
   const ByteRange reserved = m_.proof().reserved();
   if (reserved.overlaps(run) && !NBDFERRY_MUTANT(nonce_block_is_armed)) {
     if (reserved.begin <= run.begin) return std::nullopt;
     run.end = reserved.begin;
   }
+  // Leave out what could not be read, until it is time to try again.
   const bool skip =
       m_.options().skip_unreadable && m_.switchover().state() != Switchover::State::none;
   for (auto it = unreadable_from(run.begin); it != unreadable_.end() && it->first < run.end; ++it) {

@@ -144,9 +144,9 @@ class EngineState {
   }
   void on(PathLost&& event) {
     if (pivoted_) {
-      pivoted_->path_lost(event.reason);
+      pivoted_->path_lost(event);
     } else if (migration_) {
-      migration_->path_lost(event.reason);
+      migration_->path_lost(event);
     }
   }
   void on(PathRefused&& event) {

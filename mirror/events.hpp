@@ -163,10 +163,10 @@ struct PathFound {
   std::array<std::byte, 32> nonce{};  // random: nobody ever wrote it
   bool known = false;                 // it was in use before
 };
-// No connection of a path is left, while other paths live: what it wrote since the last good flush may be
-// gone. Comes after the lost answers.
+// No connection of a path is left, while other paths live. Comes after the lost answers.
 struct PathLost {
   std::string reason;
+  bool unflushed = false;  // it wrote since the last good flush, and that may be gone
 };
 // A path is not used, nor tried again: why, and what to do about it.
 struct PathRefused {

@@ -134,12 +134,11 @@ void Migration::target_lost(const std::string& reason) {
 }
 
 // The others go on. Whether it led to a server of its own is not known (rule 7).
-void Migration::path_lost(const std::string& reason) {
+void Migration::path_lost(const PathLost& event) {
   if (!link_up_ || ended_) return;
-  const std::string what = "a path to the target was lost: " + reason;
-  report_error(what);
+  report_error("a path to the target was lost: " + event.reason);
+  if (!event.unflushed || NBDFERRY_MUTANT(path_loss_keeps_unflushed)) return;
   proof_.restart();
-  if (NBDFERRY_MUTANT(path_loss_keeps_unflushed)) return;
   mark_unflushed_stale("a path to the target was lost");
   mark_writes_stale("a path to the target was lost");
 }

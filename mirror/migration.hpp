@@ -52,7 +52,7 @@ class Migration {
   void path_found(const PathFound& event) {
     if (!ended_) proof_.found(event);
   }
-  void path_lost(const std::string& reason);
+  void path_lost(const PathLost& event);
   void path_refused(const std::string& reason) {
     if (!ended_) report_error(reason);
   }

@@ -370,7 +370,8 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
   const std::string what = "the target failed to " + std::string(to_string(op.command)) + ": " +
                            std::string(to_string(error));
   last_error_ = what;
-  if (error == IoError::shutdown) return;  // it is being let go, and the next one awaited
+  // Its server is let go, and the next one awaited. All that was in flight may be answered so: once counts.
+  if (error == IoError::shutdown && context_.now < retry_at_) return;
   const bool hopeless = error == IoError::no_space || error == IoError::not_permitted;
   if (op.command == Command::zero && op.window_bytes == 0 && !hopeless) {
     zero_failed(error);

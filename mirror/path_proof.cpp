@@ -124,8 +124,7 @@ void PathProof::flushed(OpId flush, bool good) {
 
 void PathProof::judge(const TargetDone& read) {
   if (read.error == IoError::lost) {
-    waiting_.pop_front();  // it is there no more
-    restart();
+    next();  // it is there no more
     return;
   }
   if (read.error != IoError::none) {
@@ -147,13 +146,15 @@ void PathProof::judge(const TargetDone& read) {
 
 void PathProof::use() {
   m_.context().out->emplace_back(UsePath{waiting_.front().path});
-  waiting_.pop_front();
-  errors_ = 0;
-  restart();
+  next();
 }
 
 void PathProof::refuse(std::string reason) {
   m_.context().out->emplace_back(RefusePath{waiting_.front().path, std::move(reason)});
+  next();
+}
+
+void PathProof::next() {
   waiting_.pop_front();
   errors_ = 0;
   restart();

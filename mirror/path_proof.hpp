@@ -47,6 +47,7 @@ class PathProof {
   void judge(const TargetDone& read);
   void use();
   void refuse(std::string reason);
+  void next();
 
   Migration& m_;
   std::deque<PathFound> waiting_;  // the first is being proved

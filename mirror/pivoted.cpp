@@ -386,11 +386,11 @@ void Pivoted::path_found(const PathFound& event) {
   }
 }
 
-void Pivoted::path_lost(const std::string& reason) {
+void Pivoted::path_lost(const PathLost& event) {
   if (!link_up_) return;
-  last_error_ = "a path to the target was lost: " + reason;
+  last_error_ = "a path to the target was lost: " + event.reason;
   context_.notice(last_error_);
-  if (!NBDFERRY_MUTANT(pivot_path_loss_keeps_unflushed)) write_all_again();
+  if (event.unflushed && !NBDFERRY_MUTANT(pivot_path_loss_keeps_unflushed)) write_all_again();
 }
 
 void Pivoted::path_refused(const std::string& reason) {

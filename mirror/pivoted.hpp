@@ -39,7 +39,7 @@ class Pivoted {
   void target_closed();
   void target_refused(const std::string& reason);
   void path_found(const PathFound& event);
-  void path_lost(const std::string& reason);
+  void path_lost(const PathLost& event);
   void path_refused(const std::string& reason);
   void target_done(TargetDone&& event);
   void tick();

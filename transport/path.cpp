@@ -57,6 +57,7 @@ void Path::rest() {
   if (stage_ != Stage::refused) stage_ = Stage::resting;
   id = {};
   drop_slots();
+  gauge_ = {};
 }
 
 void Path::refuse() {
@@ -227,7 +228,7 @@ void Path::on_answers(Connection& connection) {
   const auto self = shared_from_this();
   take_answers(*slot_of(connection));
   if (std::exchange(leaves_, false)) {
-    failure_ = "the server is shutting down";
+    failure_ = "its server is shutting down, or its disk has been handed over (ESHUTDOWN)";
     if (stage_ == Stage::used) {
       give_up(failure_);
     } else {

@@ -18,7 +18,7 @@
 //  - TargetLost is said when no path is left with a connection of which it is certain that it belongs to
 //    the server instance that answered so far (rule 7; path.hpp).
 //  - A flush is answered well when it was on every path that is used: each may lead to a server of its own
-//    over the same disk. PathLost is said when one of these wrote since the last good one.
+//    over the same disk. PathLost says whether one wrote since the last good one.
 #include "transport/target.hpp"
 
 #include <algorithm>
@@ -351,7 +351,7 @@ void State::on_lost(Path& path, const std::string& reason) {
       std::any_of(paths_.begin(), paths_.end(), [](const auto& p) { return p->certain(); });
   if (left) {
     // One nbdferry serves all of its paths from one cache.
-    if (path.unflushed() && !offer_.info.incoming) outbox_.emplace_back(mirror::PathLost{what});
+    outbox_.emplace_back(mirror::PathLost{what, path.unflushed() && !offer_.info.incoming});
     path.probe(session_, true);
     return;
   }

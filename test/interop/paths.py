@@ -174,6 +174,29 @@ def cut(scratch):
     release(scratch, disk, load, image, target)
 
 
+def stall(scratch):
+    """One of two goes silent: the other one carries on at once, the silent one is given up in time."""
+    image, disk, load = begin(scratch)
+    target = scratch.garbage("target.img", SIZE)
+    uri = ferry.qemu_nbd(scratch, target)
+    one, two = Relay(scratch, uri, "one"), Relay(scratch, uri, "two")
+    disk.ok("migrate", "--bandwidth", "4M", "--answer-timeout", "3s", "--quarantine", "10s", one.uri,
+            two.uri)
+    until_up(disk, ["up", "up"])
+    ferry.wait_until(lambda: min(sent(disk)) > MIB, "both to carry")
+    one("stall")
+    began, before = time.monotonic(), sent(disk)
+    ferry.wait_until(lambda: sent(disk)[1] > before[1] + 3 * MIB, "the other one to go on", 2.5)
+    check(states(disk) == ["up", "up"], "not given up so soon")
+    until_up(disk, ["down", "up"])
+    check(time.monotonic() - began < 6, "given up in time")
+    one("mend")
+    until_up(disk, ["up", "up"])
+    load.running()
+    disk.ok("set", "--bandwidth", "0")
+    release(scratch, disk, load, image, target)
+
+
 def links(scratch):
     """Two links of different rates: each carries what it can."""
     if os.geteuid() != 0:
@@ -222,7 +245,7 @@ def measure(scratch, names, rates):
 
 def main(case):
     with ferry.Scratch() as scratch:
-        {f.__name__: f for f in (carry, carry_nbdkit, carry_nbdferry, wrong, cut, links)}[case](scratch)
+        {f.__name__: f for f in (carry, carry_nbdkit, carry_nbdferry, wrong, cut, stall, links)}[case](scratch)
 
 
 main(*sys.argv[1:])

@@ -284,11 +284,12 @@ mirror::TargetWindow TargetModel::regain_connection() {
   return window();
 }
 
-mirror::PathLost TargetModel::lose_path(bool restarts) {
+mirror::PathLost TargetModel::lose_path(bool may_restart) {
   // A flush is good when it is on every path.
   for (auto& f : flights_) f.doomed = f.doomed || f.op().command == Command::flush;
-  if (restarts && setup_.restarts && prng_.chance(1, 2)) restart();
-  return {"the simulator cut it"};
+  const bool unflushed = prng_.chance(3, 4);
+  if (unflushed && may_restart && setup_.restarts && prng_.chance(1, 2)) restart();
+  return {"the simulator cut it", unflushed};
 }
 
 // --- other paths

@@ -56,7 +56,7 @@ class TargetModel {
   [[nodiscard]] bool can_regain_connection() const { return up() && living_ < setup_.connections; }
   [[nodiscard]] mirror::TargetWindow regain_connection();
   // The one that was lost was the last of its path, perhaps to a server of its own, which has restarted.
-  [[nodiscard]] mirror::PathLost lose_path(bool restarts);
+  [[nodiscard]] mirror::PathLost lose_path(bool may_restart);
 
   // Other paths, to this export or to another one.
   enum class OtherPath { same, known, another, gone, unknown };

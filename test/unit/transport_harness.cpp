@@ -241,6 +241,7 @@ void Driver::note(mirror::Event&& event) {
   } else if (auto* path_lost = std::get_if<mirror::PathLost>(&event)) {
     log.emplace_back("path lost");
     reason = path_lost->reason;
+    unflushed = path_lost->unflushed;
   } else if (auto* path_refused = std::get_if<mirror::PathRefused>(&event)) {
     log.emplace_back("path refused");
     reason = path_refused->reason;

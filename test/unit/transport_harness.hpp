@@ -148,6 +148,7 @@ class Driver {
   std::uint32_t window_ops = 0;
   std::string reason;  // of the last lost or refused, of a path, too
   std::vector<mirror::PathFound> found;
+  bool unflushed = false;  // of the last path that was lost
 
   [[nodiscard]] std::size_t count(const std::string& what) const;
 

@@ -211,7 +211,8 @@ TEST_CASE("a flush is on every path, and a path that wrote since is lost with wh
   two.second->close();
   CHECK(d.until([&] { return d.connections(1) == 0; }));
   d.run_for(20ms);
-  CHECK(d.count("path lost") == (flushed ? 0 : 1));
+  CHECK(d.count("path lost") == 1);
+  CHECK(d.unflushed == !flushed);
   REQUIRE(d.done(flush) != nullptr);
   CHECK(d.done(flush)->error == (flushed ? IoError::none : IoError::lost));
   CHECK(d.count("lost") == 0);
