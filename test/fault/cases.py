@@ -201,7 +201,7 @@ ERRORS = [
     Case("no space in a write", scripted("write:ENOSPC:1:20"), "fails", "no space"),
     Case("not permitted", scripted("write:EPERM:1:20"), "fails", "permitted"),
     Case("shuts down once", scripted("write:ESHUTDOWN:1:20"), "recovers", "shut"),
-    Case("shuts down for ever", scripted("write:ESHUTDOWN:0:20"), "fails", "shut"),
+    Case("shuts down for ever", scripted("write:ESHUTDOWN:0:20"), "persists", "shutting down"),
     Case("nbdkit fails writes for a while", failing("pwrite", "EIO"), "recovers",
          "failed to write", SLOWLY, failing_for(0.5, when_copying)),
     Case("nbdkit fails writes for ever", failing("pwrite", "EIO"), "fails", "failed to write",
