@@ -274,16 +274,36 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
       (void)unflushed_.failed(*map_);
     } else {
       for (const auto& r : unflushed_.failed(*map_)) mark_stale(r, "a flush of the target failed");
-      // What is in flight may be in the server's cache by now, and be among what it gave up.
-      Ranges in_flight;
-      in_flight_.for_each([&](const TargetOp& o) {
-        if (is_write(o.command)) in_flight.push_back(blocks_of(o.range));
-      });
-      for (const auto& r : in_flight) mark_stale(r, "a flush of the target failed");
+      mark_writes_stale("a flush of the target failed");
     }
     if (error != IoError::lost) target_failed(op, error);
   }
   switchover_.flushed(op.id, good);
+  proof_.flushed(op.id, good);
+}
+
+OpId Migration::send_proof(DiskOp op) {
+  const std::uint64_t bytes = op.range.length();
+  op.id = context_.new_op(OpKind::proof);
+  in_flight_.add({op.id,
+                  OpKind::proof,
+                  op.command,
+                  op.range,
+                  bytes,
+                  0,
+                  std::nullopt,
+                  false,
+                  {},
+                  context_.now});
+  if (is_write(op.command)) {
+    if (!NBDFERRY_MUTANT(nonce_not_counted_as_written))
+      map_->set_flag(op.range, ChunkFlag::written);
+    if (!NBDFERRY_MUTANT(nonce_not_counted_as_sent)) resume_.send(op.range);
+  }
+  const OpId id = op.id;
+  context_.submit_target(std::move(op));
+  bandwidth_.sent(bytes);
+  return id;
 }
 
 void Migration::target_done(TargetDone&& event) {
@@ -334,6 +354,9 @@ void Migration::target_done(TargetDone&& event) {
     case OpKind::verify:
       verifier_.target_done(op, std::move(event));
       break;
+    case OpKind::proof:
+      proof_.target_done(op, event);
+      break;
     default:
       NBDFERRY_ASSERT(false, "an answer of an unknown kind");
   }
@@ -355,6 +378,8 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
   const std::string what = "the target failed to " + std::string(to_string(op.command)) + ": " +
                            std::string(to_string(error));
   last_error_ = what;
+  // Its server is let go, and the next one awaited. All that was in flight may be answered so: once counts.
+  if (error == IoError::shutdown && context_.now < retry_at_) return;
   const bool hopeless = error == IoError::no_space || error == IoError::not_permitted;
   if (op.command == Command::zero && op.window_bytes == 0 && !hopeless) {
     zero_failed(error);

@@ -41,6 +41,9 @@ class Pivoted {
   // It will not be tried again by itself: ask for it.
   void target_closed();
   void target_refused(const std::string& reason);
+  void path_found(const PathFound& event);
+  void path_lost(const PathLost& event);
+  void path_refused(const std::string& reason);
   void target_done(TargetDone&& event);
   void tick();
   void pump();
@@ -103,6 +106,7 @@ class Pivoted {
   void flush_done(const TargetOp& op, IoError error);
   void replay_done(const TargetOp& op, IoError error);
   void start_replay(bool all);
+  void write_all_again();
   void seek_replay();
   void pump_replay();
   void fail_pending();

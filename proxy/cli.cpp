@@ -169,12 +169,20 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
   mirror::MigrateOptions& options = migrate.request.options;
   CLI::App& app = define_client(root, parsed, "migrate",
                                 "Start to copy the disk to another NBD server, under load");
-  app.add_option("URI", migrate.request.uris,
-                 "The target: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+  app.add_option(
+         "URI", migrate.request.uris,
+         "The target: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH. Several are "
+         "paths to one export, and share the work")
       ->required();
   app.add_option("--connections", migrate.request.connections,
-                 "Connections to the target (default: chosen)")
+                 "Connections by each path (default: chosen)")
       ->type_name("N");
+  app.add_option(
+         "--via", migrate.request.vias,
+         "This host's address to connect from: one for each URI, in their order, or several "
+         "for the one URI, which make as many paths")
+      ->type_name("ADDRESS")
+      ->allow_extra_args(false);
   add_choice<mirror::Mode>(app, "--mode",
                            "When guest writes are answered: after the source (async), after both "
                            "sides (sync), or as the target keeps up (auto, the default)",
@@ -311,8 +319,12 @@ CommandLine result(const CLI::App& root, Parsed& parsed) {
   }
   parsed.client.name = name;
   if (name == "migrate") {
-    if (parsed.migrate.request.uris.size() > 1) {
-      return usage_error("migrate: several paths to a target are not supported yet: give one URI");
+    const MigrateRequest& request = parsed.migrate.request;
+    const std::size_t uris = request.uris.size();
+    const std::size_t vias = request.vias.size();
+    if (vias != 0 && uris != 1 && uris != vias) {
+      return usage_error(fmt::format(
+          "migrate: {} --via for {} URIs: give one for each URI, or one URI", vias, uris));
     }
     parsed.client.action = parsed.migrate;
   } else if (name == "status") {

@@ -29,15 +29,17 @@ struct ExportOptions {
 };
 
 struct MigrateRequest {
-  std::vector<std::string> uris;
-  unsigned connections = 0;                            // per path; 0: chosen
+  std::vector<std::string> uris;  // paths to one export
+  std::vector<std::string> vias;  // local addresses, as transport::TargetConfig's
+  unsigned connections = 0;       // per path; 0: chosen
   Duration answer_timeout = std::chrono::seconds(60);  // then a connection that hangs is given up
   mirror::MigrateOptions options;
 };
 
 struct PathStatus {
   std::string uri;
-  std::string state;         // "up", "connecting", "down"
+  std::string via;           // local address; empty: any
+  std::string state;         // "connecting", "up", "down", "refused", "standby"
   unsigned connections = 0;  // living ones
   std::uint64_t sent_bytes = 0;
   std::uint64_t rtt_us = 0;  // smoothed request latency of small requests, 0 when unknown

@@ -53,6 +53,7 @@ std::optional<std::string> encode(const Ownership& o) {
       {"generation", o.generation},
       {"role", to_string(o.role)},
       {"uris", boost::json::array(o.uris.begin(), o.uris.end())},
+      {"vias", boost::json::array(o.vias.begin(), o.vias.end())},
       {"peer", o.peer},
       {"migration", o.migration_id},
       {"incoming_peer", o.incoming_peer},
@@ -81,6 +82,9 @@ std::optional<Ownership> decode(std::string_view slot) {
   if (known == all_roles.end()) throw std::invalid_argument("unknown role");
   o.role = *known;
   for (const auto& uri : json.at("uris").as_array()) o.uris.emplace_back(uri.as_string());
+  if (const auto* list = json.if_contains("vias")) {
+    for (const auto& via : list->as_array()) o.vias.emplace_back(via.as_string());
+  }
   o.peer = json.at("peer").as_string();
   o.migration_id = json.at("migration").as_string();
   if (const auto* v = json.if_contains("incoming_peer")) o.incoming_peer = v->as_bool();

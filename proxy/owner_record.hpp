@@ -35,6 +35,7 @@ enum class Role : std::uint8_t {
 struct Ownership {
   Role role = Role::owner;
   std::vector<std::string> uris;  // pivoted, retired: where the disk is; incoming: empty
+  std::vector<std::string> vias;  // local addresses for these, if any
   std::string peer;               // whom we gave it to or get it from, for a person
   std::string migration_id;
   bool incoming_peer = false;  // pivoted: the target took writes from us only

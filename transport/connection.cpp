@@ -160,6 +160,7 @@ bool Connection::add_private_contexts() {
   const auto add = [this](std::string_view name, const std::string& value) {
     return nbd_add_meta_context(handle_, private_context(name, value).c_str()) == 0;
   };
+  if (options_.probe) return add("knows", options_.session);
   return add("migration", options_.migration_id) && add("session", options_.session) &&
          add("holds", options_.migration_id) &&
          nbd_add_meta_context(handle_, sum_low_context) == 0 &&
@@ -198,6 +199,7 @@ void Connection::learn_offer() {
   info.proven = info.incoming && accepted("holds", options_.migration_id);
   info.can_checksum = nbd_can_meta_context(handle_, sum_low_context) == 1 &&
                       nbd_can_meta_context(handle_, sum_high_context) == 1;
+  offer_.knows_session = accepted("knows", options_.session);
 }
 
 std::string Connection::why_dead() const {

@@ -42,12 +42,15 @@ struct Offer {
   mirror::TargetInfo info;
   bool multi_conn = false;
   bool can_fast_zero = false;
+  bool knows_session = false;  // asked by a probe: the server has living connections of it
 };
 
 struct Answer {
   mirror::TargetDone done;
   std::uint64_t sequence = 0;    // as given to post()
+  std::uint64_t cost = 0;        // what it counted for while it was in flight
   std::uint64_t sent_bytes = 0;  // data that travelled to the server
+  bool wrote = false;            // changed something there
   Duration latency{};            // of small requests that were answered; else zero
 };
 
@@ -69,6 +72,7 @@ struct ConnectionOptions {
   Endpoint endpoint;
   std::string migration_id;    // empty: we are no migration
   std::string session;         // of it: the connections that live together
+  bool probe = false;          // claims nothing: asks whether the server knows the session
   Duration connect_timeout{};  // for dialling and handshaking together
   Duration answer_timeout{};   // with requests in flight, nothing moving for so long is the end
 };

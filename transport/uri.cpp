@@ -8,7 +8,10 @@
 
 #include <sys/un.h>
 
+#include <boost/asio/ip/address.hpp>
 #include <fmt/format.h>
+
+#include "transport/target.hpp"
 
 namespace nbdferry::transport {
 
@@ -134,6 +137,39 @@ Endpoint parse_uri(std::string_view uri) {
   if (!out.is_unix()) refuse(uri, fmt::format("the parameter 'socket' is missing: {}", example));
   if (out.socket_path.size() >= sizeof(sockaddr_un::sun_path)) {
     refuse(uri, "the socket's path is too long: use at most 107 bytes");
+  }
+  return out;
+}
+
+std::vector<Endpoint> parse_paths(const std::vector<std::string>& uris,
+                                  const std::vector<std::string>& vias) {
+  const std::size_t count = std::max(uris.size(), vias.size());
+  if (uris.empty()) throw std::invalid_argument("no URI: give one");
+  if (count > paths_max) {
+    throw std::invalid_argument(fmt::format("{} paths: give at most {}", count, paths_max));
+  }
+  if (!vias.empty() && uris.size() != 1 && uris.size() != vias.size()) {
+    throw std::invalid_argument(
+        fmt::format("{} local addresses for {} URIs: give one for each URI, or one URI",
+                    vias.size(), uris.size()));
+  }
+  std::vector<Endpoint> out;
+  for (std::size_t i = 0; i < count; ++i) {
+    Endpoint& path = out.emplace_back(parse_uri(uris.size() == 1 ? uris[0] : uris[i]));
+    if (!vias.empty()) path.via = vias[i];
+    const std::string name = path.name();
+    if (!path.via.empty() && path.is_unix()) {
+      throw std::invalid_argument(name + ": a unix socket has no local address: leave it out");
+    }
+    boost::system::error_code malformed;
+    if (!path.via.empty()) (void)boost::asio::ip::make_address(path.via, malformed);
+    if (malformed) {
+      throw std::invalid_argument(name +
+                                  ": not an address: give an IPv4 or IPv6 address of this host");
+    }
+    const auto twice = std::count_if(out.begin(), out.end(),
+                                     [&](const Endpoint& other) { return other.name() == name; });
+    if (twice > 1) throw std::invalid_argument(name + ": given twice: leave one out");
   }
   return out;
 }

@@ -6,6 +6,7 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace nbdferry::transport {
 
@@ -15,11 +16,19 @@ struct Endpoint {
   std::string port;         // TCP: decimal
   std::string socket_path;  // unix; empty for TCP
   std::string export_name;  // decoded; "" is the default export
+  std::string via;          // TCP: this host's address to connect from; empty: any
 
+  // For messages: "URI", or "URI via ADDRESS".
+  [[nodiscard]] std::string name() const { return via.empty() ? uri : uri + " via " + via; }
   [[nodiscard]] bool is_unix() const { return !socket_path.empty(); }
 };
 
 // Throws std::invalid_argument: "URI: why: what to do".
 [[nodiscard]] Endpoint parse_uri(std::string_view uri);
+
+// The paths that these URIs and local addresses make: no address, one for each URI, or several for the one
+// URI. Throws std::invalid_argument as above.
+[[nodiscard]] std::vector<Endpoint> parse_paths(const std::vector<std::string>& uris,
+                                                const std::vector<std::string>& vias);
 
 }  // namespace nbdferry::transport

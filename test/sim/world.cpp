@@ -70,13 +70,22 @@ void World::complete_source() {
 
 void World::answer_target() {
   TargetDone done = target_.answer(now_);
+  const bool leaves = done.error == IoError::shutdown;
   if (serving_ == Serving::target && done.error != IoError::none) {
     target_failed_ = true;
-    if (done.error != IoError::lost) {
+    if (done.error != IoError::lost && !leaves) {
       guest_.disk_failed(target_.last().command, target_.last().range, event_ + 1);
     }
   }
   apply(std::move(done));
+  if (leaves && target_.up()) lose_target();
+}
+
+// One of its connections, and with it a path. What the guest is just reading is not asked for again.
+void World::lose_path() {
+  apply(target_.lose_connection());
+  apply(target_.lose_path(serving_ == Serving::source || !target_.reading()));
+  cases_.saw(Case::path_lost);
 }
 
 void World::come_up() {
@@ -274,6 +283,26 @@ void World::act(Reply& a) {
     authority.unreachable = !target_.up() && now_ - target_.down_since() >= setup_.reconnect_delay;
   }
   guest_.replied(a, authority, event_);
+}
+
+void World::act(UsePath& a) {
+  using Other = TargetModel::OtherPath;
+  const Other what = target_.decided(a.path);
+  require(what != Other::unknown && what != Other::another,
+          "a path is used that does not lead to the target");
+  cases_.saw_if(what != Other::gone, Case::path_used);
+}
+
+void World::act(RefusePath& a) {
+  using Other = TargetModel::OtherPath;
+  const Other what = target_.decided(a.path);
+  require(what != Other::unknown, "a path is refused that was not found");
+  const bool unreadable = a.reason.find("can't be read") != std::string::npos;
+  const bool may_fail = setup_.corruption || (setup_.target_errors && unreadable) ||
+                        (serving_ == Serving::target && what != Other::known);
+  require((what != Other::same && what != Other::known) || may_fail,
+          "a path to the target is refused: {}", a.reason);
+  cases_.saw_if(what == Other::another, Case::path_refused);
 }
 
 void World::act(WriteRecord& a) {

@@ -121,6 +121,10 @@ TEST_CASE("cli: migrate's options") {
                                      "--answer-timeout",
                                      "3s",
                                      "--skip-unreadable",
+                                     "--via",
+                                     "10.0.0.1",
+                                     "--via",
+                                     "::1",
                                      "nbd://h/x"});
   CHECK(full.name == "migrate");
   CHECK(full.control == "c");
@@ -128,6 +132,7 @@ TEST_CASE("cli: migrate's options") {
   const auto& migrate = std::get<MigrateCommand>(full.action);
   CHECK(migrate.wait);
   CHECK(migrate.request.uris == Args{"nbd://h/x"});
+  CHECK(migrate.request.vias == Args{"10.0.0.1", "::1"});
   CHECK(migrate.request.connections == 8);
   CHECK(migrate.request.answer_timeout == Duration{3s});
   const mirror::MigrateOptions& options = migrate.request.options;
@@ -215,7 +220,7 @@ TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong
   }
   wrong({"migrate", "nbd://h"}, "--control");
   wrong({"migrate", "--control", "c"}, "URI");
-  wrong({"migrate", "--control", "c", "nbd://a", "nbd://b"}, "several paths");
+  wrong({"migrate", "--control", "c", "nbd://a", "nbd://b", "--via", "10.0.0.1"}, "2 URIs");
   wrong({"migrate", "--control", "c", "--mode", "fast", "nbd://h"}, "fast");
   wrong({"migrate", "--control", "c", "--max-delay", "5", "nbd://h"}, "not a time");
   wrong({"migrate", "--control", "c", "--connections", "many", "nbd://h"}, "many");

@@ -224,7 +224,8 @@ TEST_CASE("control: bad requests are refused, with the reason, and reach no expo
   refused("/migrate", "[]", "not a JSON object");
   refused("/migrate", "{\"uris\":", "not JSON");
   refused("/migrate", R"({"uris":[]})", "at least one");
-  refused("/migrate", R"({"uris":["a","b"]})", "several paths");
+  refused("/migrate", R"({"uris":["a",""]})", "must hold");
+  refused("/migrate", R"({"uris":["a"],"vias":[]})", "at least one");
   refused("/migrate", R"({"uris":[1]})", "uris");
   refused("/migrate", R"({"uris":["a"],"speed":1})", "speed");
   refused("/migrate", R"({"uris":["a"],"connections":65})", "connections");

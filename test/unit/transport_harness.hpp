@@ -134,7 +134,10 @@ class Driver {
   mirror::TargetDone call(mirror::DiskOp op);
   [[nodiscard]] const mirror::TargetDone* done(OpId id) const;
   [[nodiscard]] std::size_t unanswered() const { return submitted_ - done_.size(); }
-  [[nodiscard]] unsigned connections() const { return target->paths().front().connections; }
+  [[nodiscard]] unsigned connections(std::size_t path = 0) const {
+    return target->paths()[path].connections;
+  }
+  [[nodiscard]] std::string state(std::size_t path) const { return target->paths()[path].state; }
 
   boost::asio::io_context io{1};
   std::unique_ptr<transport::Target> target;
@@ -143,7 +146,9 @@ class Driver {
   std::vector<std::string> log;  // "up", "window", "lost", "refused", "closed", in their order
   mirror::TargetInfo info;
   std::uint32_t window_ops = 0;
-  std::string reason;  // of the last lost or refused
+  std::string reason;  // of the last lost or refused, of a path, too
+  std::vector<mirror::PathFound> found;
+  bool unflushed = false;  // of the last path that was lost
 
   [[nodiscard]] std::size_t count(const std::string& what) const;
 
