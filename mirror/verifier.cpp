@@ -250,7 +250,8 @@ void Verifier::part_done(std::list<Comparison>::iterator it, IoError error) {
   if (c.purpose != purpose_) {
     if (c.purpose == Purpose::whole && stopped_) retry_.push_back(c.job);
   } else if (left_out(c.job.range, c.unreadable)) {
-    // Knowingly.
+    // Knowingly; and from now on the copier knows, too: a write that mends a part of it brings it all.
+    m_.mark_stale(m_.blocks_of(c.job.range), "the source can't be read");
   } else if (c.error != IoError::none || c.dirty) {
     again(c.job);
   } else if (c.command == Command::checksum) {
