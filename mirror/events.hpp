@@ -204,6 +204,7 @@ struct Start {
   // until another is given. All zero, or, if resumed, what an earlier migration to this target left.
   std::span<std::byte> state = {};
   bool resumed = false;
+  bool incoming = false;  // before a restart the target took writes from this migration only
 };
 // At the start of a process: the state goes on being kept, for a migration that may come. What was sent
 // may land for so long.

@@ -47,6 +47,7 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, Res
   }
   bandwidth_.set_rate(options_.bandwidth);
   deadline_.set(options_.deadline, context.now);
+  info_.incoming = start.incoming;
   context_.out->emplace_back(OpenTarget{});
 }
 
@@ -63,7 +64,7 @@ std::string Migration::check_target(const TargetInfo& info) const {
     return "the disk's size is not a multiple of the target's minimum block of " +
            std::to_string(info.block_min) + " bytes";
   }
-  if (ever_up_ && info_.incoming && !info.incoming) {
+  if (info_.incoming && !info.incoming) {
     return "the target no longer takes writes from this migration alone: it was promoted "
            "meanwhile, or is another one";
   }

@@ -238,6 +238,8 @@ void ExportImpl::target_event(mirror::Event&& event) {
     boost::asio::post(io_, [old = std::shared_ptr<transport::Target>(std::move(target_))] {});
     target_.reset();
   }
+  const auto* up = std::get_if<mirror::TargetUp>(&event);
+  if (up != nullptr && up->info.incoming && !std::exchange(saved_.incoming, true)) save_state();
   post(std::move(event));
 }
 
@@ -492,7 +494,7 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
     }
     progress_ = 0;
     resuming_ = false;
-    saved_.paused = false;
+    saved_.paused = saved_.incoming = false;
     start(std::move(request), std::move(done), go_on);
     return;
   }

@@ -245,7 +245,7 @@ void ExportImpl::start(MigrateRequest request, CommandHandler done, bool go_on) 
   std::optional<StateFile>& state = go_on ? state_ : next_state_;
   state_kept_ = false;
   post(mirror::Start{remember(std::move(done)), request_.options,
-                     state ? state->memory() : std::span<std::byte>(), go_on});
+                     state ? state->memory() : std::span<std::byte>(), go_on, saved_.incoming});
   const bool waits = engine_->status().phase == mirror::Phase::queued;
   if (!go_on && !waits) state_ = std::exchange(next_state_, std::nullopt);
 }

@@ -86,6 +86,7 @@ std::optional<std::string> encode(const Header& h) {
       {"request", h.migration.request},
       {"running", h.migration.running},
       {"paused", h.migration.paused},
+      {"incoming", h.migration.incoming},
       {"generation", h.migration.generation},
       {"pivot", h.migration.pivot},
   };
@@ -117,6 +118,7 @@ std::optional<Header> decode(std::string_view slot) {
   h.migration.request = json.at("request").as_object();
   h.migration.running = json.at("running").as_bool();
   h.migration.paused = json.at("paused").as_bool();
+  h.migration.incoming = json.at("incoming").as_bool();
   h.migration.generation = number(json.at("generation"));
   if (const auto* pivot = json.if_contains("pivot")) h.migration.pivot = number(*pivot);
   return h;

@@ -57,6 +57,7 @@ struct SavedMigration {
   std::string id;                // new_migration_id()
   bool running = true;           // goes on by itself after a restart
   bool paused = false;           // … and is paused then
+  bool incoming = false;         // the target takes writes from it only
   std::uint64_t generation = 0;  // of the disk's ownership record when it began
   // … and from its pivot on: the journal holds what is not flushed while the record is of this very
   // generation. 0: not pivoted.

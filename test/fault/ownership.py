@@ -425,6 +425,23 @@ def promoted_too_early(world):
     check(status["mirrored_bytes"] == before, f"it still writes to the owner's disk: {status}")
 
 
+def promoted_while_down(world):
+    """The migration of a source that is started again does not go on over another guest's writes."""
+    world.start()
+    world.migrate()
+    world.end()
+    world.source.kill()
+    world.target.ferry.ok("promote")
+    world.source.start()
+    wait_until(lambda: "promoted meanwhile" in (world.source.ferry.status()["last_error"] or ""),
+               "the source to see it")
+    check(world.source.ferry.status()["phase"] == "failed", "it has ended")
+    world.begin()
+    wait_until(world.written, "the guests write")
+    world.end()
+    check(world.source.ferry.status()["mirrored_bytes"] == 0, "it writes to the owner's disk")
+
+
 def promoted_while_pivoted(world):
     """Another guest may write there: the pivoted source does not go back, nor does its next life."""
     world.start()
@@ -461,6 +478,7 @@ CASES = {
     "fenced again and again": fenced_again_and_again,
     "replaced target": replaced_target,
     "promoted too early": promoted_too_early,
+    "promoted while down": promoted_while_down,
     "promoted while pivoted": promoted_while_pivoted,
 } | {f"incoming killed at its start ({point})":
      lambda w, p=point: incoming_killed_at_its_start(w, p)

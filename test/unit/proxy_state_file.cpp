@@ -42,7 +42,7 @@ SavedMigration migration(const std::string& id) {
   m.request = {{"uris", {"nbd+unix:///x?socket=/a \"b\"\\c"}}, {"mode", "auto"}};
   m.id = id;
   m.running = false;
-  m.paused = true;
+  m.paused = m.incoming = true;
   m.generation = 1ULL << 63;
   return m;
 }

@@ -60,6 +60,19 @@ void check_refused(Driver& other) {
   CHECK(write_error(other) == IoError::not_permitted);
 }
 
+// A server that has not heard of migrations.
+struct GenericServer {
+  Listener listener;
+  Process server{{"nbdkit", "-f", "memory", "8M"}, &listener};
+
+  [[nodiscard]] transport::TargetConfig config(const std::string& migration_id) const {
+    transport::TargetConfig out;
+    out.uris = {listener.uri()};
+    out.migration_id = migration_id;
+    return out;
+  }
+};
+
 }  // namespace
 
 TEST_CASE("an incoming nbdferry takes writes from its migration and from nobody else") {
@@ -120,12 +133,8 @@ TEST_CASE("a nbdferry tells checksums, XXH3 in 64 bits; another server is not as
     CHECK(status.extents[0].zero);  // and the other question is answered as ever
   }
   SUBCASE("nbdkit") {
-    Listener listener;
-    transport::TargetConfig config;
-    config.uris = {listener.uri()};
-    config.migration_id = id_of('a', '1');
-    Process server({"nbdkit", "-f", "memory", "8M"}, &listener);
-    Driver d(config);
+    GenericServer server;
+    Driver d(server.config(id_of('a', '1')));
     REQUIRE_MESSAGE(d.open(), d.reason);
     CHECK_FALSE(d.info.can_checksum);
     CHECK(d.call(make_op(Command::checksum, 0, 4096)).error == IoError::not_supported);
@@ -171,12 +180,8 @@ TEST_CASE("a nbdferry that serves its own disk, and a generic server, know no mi
     CHECK(write_error(d) == IoError::none);
   }
   SUBCASE("nbdkit") {
-    Listener listener;
-    transport::TargetConfig config;
-    config.uris = {listener.uri()};
-    config.migration_id = id_of('a', '1');
-    Process server({"nbdkit", "-f", "memory", "8M"}, &listener);
-    Driver d(config);
+    GenericServer server;
+    Driver d(server.config(id_of('a', '1')));
     REQUIRE_MESSAGE(d.open(), d.reason);
     CHECK_FALSE(accepted(d));
     CHECK(d.info.has_allocation);  // the other context is not lost with it
