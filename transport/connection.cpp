@@ -160,11 +160,11 @@ bool Connection::add_private_contexts() {
   const auto add = [this](std::string_view name, const std::string& value) {
     return nbd_add_meta_context(handle_, private_context(name, value).c_str()) == 0;
   };
-  if (options_.probe) return add("knows", options_.session);
-  return add("migration", options_.migration_id) && add("session", options_.session) &&
-         add("holds", options_.migration_id) &&
-         nbd_add_meta_context(handle_, sum_low_context) == 0 &&
-         nbd_add_meta_context(handle_, sum_high_context) == 0;
+  const bool sums = nbd_add_meta_context(handle_, sum_low_context) == 0 &&
+                    nbd_add_meta_context(handle_, sum_high_context) == 0;
+  if (options_.probe) return sums && add("knows", options_.session);
+  return sums && add("migration", options_.migration_id) && add("session", options_.session) &&
+         add("holds", options_.migration_id);
 }
 
 void Connection::learn_offer() {
