@@ -37,20 +37,26 @@ void Path::attempt(Stage stage, const std::string& session, bool later) {
   add_slot(later);
 }
 
-void Path::use(unsigned count, bool kept) {
+void Path::use(ConnectionGrowth growth, bool kept) {
   NBDFERRY_ASSERT(stage_ == Stage::reached, "what is used was reached");
   known = true;
   denials = 0;
   id = {};
   stage_ = Stage::used;
+  growth_ = growth;
   flushed_ = writes_;
   answered_at_ = Clock::now();
   if (kept) {
-    slots_.front()->ready = slots_.front()->certain = true;
+    Slot& first = *slots_.front();
+    first.ready = first.joined = first.certain = true;
   } else {
     drop_slots();
   }
-  while (slots_.size() < count) add_slot(false);
+  grow();
+}
+
+void Path::grow() {
+  while (slots_.size() < growth_.count()) add_slot(false);
 }
 
 void Path::rest() {
@@ -140,7 +146,7 @@ void Path::joined(Slot& slot) {
     dial_later(slot_of(*slot.connection));
     return;
   }
-  slot.ready = true;
+  slot.ready = slot.joined = true;
   slot.ready_at = owner_.submissions();
   // The first one: nothing has been written by this path that its server could have forgotten.
   if (!certain()) {
@@ -168,7 +174,13 @@ void Path::on_ended(Connection& connection, const std::string& reason) {
   } else {
     if (was_ready) owner_.on_window();
     take_answers(*slot);
-    dial_later(slot);
+    // One more was wanted, and the server takes no more.
+    if (!slot->joined && slots_.size() > growth_.start()) {
+      std::erase(slots_, slot);
+      growth_.stop(static_cast<unsigned>(slots_.size()));
+    } else {
+      dial_later(slot);
+    }
   }
   owner_.on_settled();
 }
@@ -258,6 +270,7 @@ void Path::take_answers(Slot& slot) {
   answered_at_ = Clock::now();
   gauge_.update(answered_at_, cost(), done_bytes);
   if (slot.certain && doubts_) vouch(answered);
+  if (stage_ == Stage::used && growth_.observe(answered_at_, rate(), latency_)) grow();
 }
 
 void Path::count(const Answer& answer) {

@@ -20,6 +20,7 @@
 #include <boost/asio/steady_timer.hpp>
 
 #include "transport/connection.hpp"
+#include "transport/connection_growth.hpp"
 #include "transport/rate_gauge.hpp"
 #include "transport/target.hpp"
 
@@ -59,8 +60,8 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   // --- its life
   void seek(const std::string& session, bool later);
   void probe(const std::string& session, bool later);
-  // The connection that is ready, if it is `kept`, and so many in all.
-  void use(unsigned count, bool kept);
+  // The connection that is ready, if it is `kept`, and as many in all as `growth` says from now on.
+  void use(ConnectionGrowth growth, bool kept);
   // Lets all connections go; what they have in flight is answered (lost).
   void rest();
   void refuse();
@@ -110,6 +111,7 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
     explicit Slot(const boost::asio::any_io_executor& executor) : retry(executor) {}
     std::shared_ptr<Connection> connection;  // null while waiting for the next attempt
     bool ready = false;                      // and used
+    bool joined = false;                     // once, at least
     boost::asio::steady_timer retry;
     bool certain = false;        // belongs to the server instance that answered so far
     std::uint64_t ready_at = 0;  // number of submissions when it became ready
@@ -120,6 +122,7 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   void dial(Slot& slot);
   void dial_later(const std::shared_ptr<Slot>& slot);
   void joined(Slot& slot);
+  void grow();
   void give_up(const std::string& reason);
   void drop_slots();
   [[nodiscard]] const std::shared_ptr<Slot>& slot_of(const Connection& connection) const;
@@ -146,6 +149,7 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   std::vector<Answer> answers_;      // scratch
 
   RateGauge gauge_;
+  ConnectionGrowth growth_{1, 1};
   std::uint64_t writes_ = 0;
   std::uint64_t flushed_ = 0;
   std::uint64_t sent_bytes_ = 0;

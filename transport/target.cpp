@@ -39,7 +39,9 @@ namespace nbdferry::transport {
 
 namespace {
 
-constexpr unsigned connections_chosen = 4;  // with multi-conn, when the operator names no number
+// With multi-conn, when the operator names no number: at first, and at most.
+constexpr unsigned connections_first = 4;
+constexpr unsigned connections_grown = 16;
 constexpr unsigned connections_max = 64;
 // What one connection may have in flight. Large enough to keep a fast server busy, small enough
 // that a mirrored write does not wait long behind bulk data.
@@ -105,7 +107,7 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   void refuse(const std::string& why);
   void rest_all();
   [[nodiscard]] std::string misfit(const mirror::TargetInfo& info) const;
-  [[nodiscard]] unsigned connections_wanted() const;
+  [[nodiscard]] ConnectionGrowth connections_wanted() const;
   [[nodiscard]] Path* asked_for(PathId id) const;
   [[nodiscard]] Path* choose(const mirror::DiskOp& op) const;
   [[nodiscard]] bool flush(const mirror::DiskOp& op);
@@ -250,10 +252,11 @@ std::string State::misfit(const mirror::TargetInfo& info) const {
   return {};
 }
 
-unsigned State::connections_wanted() const {
-  if (!offer_.multi_conn) return 1;
-  return std::min(config_.connections == 0 ? connections_chosen : config_.connections,
-                  connections_max);
+ConnectionGrowth State::connections_wanted() const {
+  if (!offer_.multi_conn) return {1, 1};
+  if (config_.connections == 0) return {connections_first, connections_grown};
+  const unsigned named = std::min(config_.connections, connections_max);
+  return {named, named};
 }
 
 void State::came_up(Path& path) {

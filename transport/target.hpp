@@ -22,7 +22,7 @@ struct TargetConfig {
   // Local addresses to connect from: none, one for each URI, or several for the one URI.
   std::vector<std::string> vias;
   bool known = false;             // all of these were proved to lead to the same export
-  unsigned connections = 0;       // of each path; 0: chosen (4 with multi-conn, else 1)
+  unsigned connections = 0;       // of each path; 0: chosen (with multi-conn 4 at first, else 1)
   std::uint64_t size_wanted = 0;  // refuse a smaller export
   std::string migration_id;       // asked for as "x-nbdferry:migration=<id>"; empty: not asked
   bool patient = false;           // the first attempt may fail, too: tried again as after a loss
