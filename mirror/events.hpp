@@ -159,8 +159,9 @@ struct TargetWindow {
   std::uint32_t window_ops = 64;
   std::uint64_t window_bytes = 8ULL * 1024 * 1024;
 };
-// Another path: does it lead to the same export? Answered by UsePath or RefusePath, while it is there: a
-// loss of the target takes it back, and so does a read by it that is lost. Found again, it is another one.
+// Another path: does it lead to the same export? Answered by UsePath, RefusePath or LeavePath, while it is
+// there: a loss of the target takes it back, and so does a read by it that is lost. Found again, it is another
+// one.
 struct PathFound {
   PathId path{};
   std::array<std::byte, 32> nonce{};  // random: nobody ever wrote it
@@ -308,6 +309,10 @@ struct RefusePath {
   PathId path{};
   std::string reason;
 };
+// Not now: what is in flight on it is answered (lost) at once. It is found again later.
+struct LeavePath {
+  PathId path{};
+};
 
 // Make the ownership record say this, durably, in one synchronous write; answered by RecordWritten.
 struct WriteRecord {
@@ -335,7 +340,7 @@ struct Notice {
 };
 
 using Action = std::variant<SubmitSource, SubmitTarget, Reply, OpenTarget, CloseTarget, UsePath,
-                            RefusePath, WriteRecord, Ended, LetGo, CommandDone, Notice>;
+                            RefusePath, LeavePath, WriteRecord, Ended, LetGo, CommandDone, Notice>;
 using Actions = std::vector<Action>;
 
 }  // namespace nbdferry::mirror

@@ -136,8 +136,9 @@ void Migration::target_lost(const std::string& reason) {
 
 // The others go on. Whether it led to a server of its own is not known (rule 7).
 void Migration::path_lost(const PathLost& event) {
-  if (!link_up_ || ended_) return;
-  report_error("a path to the target was lost: " + event.reason);
+  if (!link_up_) return;
+  if (!ended_) report_error("a path to the target was lost: " + event.reason);
+  // After the end, too: the last flush says nothing of what it had.
   if (!event.unflushed || NBDFERRY_MUTANT(path_loss_keeps_unflushed)) return;
   proof_.restart();
   mark_unflushed_stale("a path to the target was lost");

@@ -319,7 +319,7 @@ void Migration::target_done(TargetDone&& event) {
     if (wrote) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
-      if (op.window_bytes != 0) {
+      if (op.window_bytes != 0 && op.kind != OpKind::proof) {
         bulk_window_.answered(context_.now, op.sent_at, op.delivered, op.window_bytes);
       }
       if (info_.can_flush) unflushed_.written(*map_, op.range);

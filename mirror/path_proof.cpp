@@ -10,6 +10,7 @@ namespace {
 
 constexpr int tries_max = 64;  // blocks looked at in one step
 constexpr std::uint32_t read_errors_max = 3;
+constexpr std::size_t waiting_max = 64;  // far more than there are: some went while they waited
 
 // All of the block, so that what is there by chance does not do.
 std::byte nonce_at(const PathFound& path, std::uint64_t offset) {
@@ -18,13 +19,28 @@ std::byte nonce_at(const PathFound& path, std::uint64_t offset) {
 
 }  // namespace
 
+void PathProof::found(const PathFound& path) {
+  if (waiting_.size() < waiting_max) {
+    waiting_.push_back(path);
+  } else {
+    m_.context().out->emplace_back(LeavePath{path.path});
+  }
+}
+
 void PathProof::forget() {
-  waiting_.clear();
+  step_ = step_ == Step::read ? Step::to_read : step_;  // it is answered already
   restart();
+  waiting_.clear();
 }
 
 void PathProof::restart() {
   if (step_ == Step::find) return;
+  // Nobody is to wait for an answer by a path that may never give one.
+  if (step_ == Step::read) {
+    m_.context().out->emplace_back(LeavePath{waiting_.front().path});
+    waiting_.pop_front();
+    errors_ = 0;
+  }
   step_ = Step::find;
   op_.reset();
   block_ = {};
@@ -123,14 +139,13 @@ void PathProof::flushed(OpId flush, bool good) {
 }
 
 void PathProof::judge(const TargetDone& read) {
+  step_ = Step::to_read;
   if (read.error == IoError::lost) {
     next();  // it is there no more
     return;
   }
   if (read.error != IoError::none) {
-    if (++errors_ < read_errors_max) {
-      step_ = Step::to_read;
-    } else {
+    if (++errors_ == read_errors_max) {
       refuse("it can't be read: " + std::string(to_string(read.error)));
     }
     return;

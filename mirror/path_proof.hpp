@@ -21,7 +21,7 @@ class PathProof {
  public:
   explicit PathProof(Migration& migration) : m_(migration) {}
 
-  void found(const PathFound& path) { waiting_.push_back(path); }
+  void found(const PathFound& path);
   // The target was lost, and its paths with it.
   void forget();
   // What was written for it may be gone, or has to make way: it begins anew.

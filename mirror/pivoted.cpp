@@ -395,8 +395,9 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
     if (guest) pending_.push_front(*guest);
     return;
   }
-  if (guest && error == IoError::none && (replays_left_ != 0 || failed_ != 0)) {
-    pending_.push_front(*guest);  // what is being written again may stand on the medium half done
+  const bool again = replays_left_ != 0 || failed_ != 0 || replayed_ > cut;
+  if (guest && error == IoError::none && again) {
+    pending_.push_front(*guest);  // what is written again may stand on the medium half done
     return;
   }
   if (guest) complete(*guest, error);
@@ -571,7 +572,7 @@ void Pivoted::replay_done(const TargetOp& op, IoError error) {
   --replays_left_;
   it->replaying = false;
   if (error == IoError::none && std::exchange(it->failed, false)) --failed_;
-  it->number = ++acknowledged_;  // only a flush that is submitted from now on covers it
+  it->number = replayed_ = ++acknowledged_;  // only a flush that is submitted from now on covers it
   if (error != IoError::none) {
     (void)zeroes_as_data(op);
     if (!it->failed) ++failed_;

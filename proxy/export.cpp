@@ -230,6 +230,9 @@ void ExportImpl::on(mirror::UsePath&& a) {
 void ExportImpl::on(mirror::RefusePath&& a) {
   if (target_) target_->refuse(a.path, a.reason);
 }
+void ExportImpl::on(mirror::LeavePath&& a) {
+  if (target_) target_->leave(a.path);
+}
 
 void ExportImpl::target_event(mirror::Event&& event) {
   const bool closed = std::holds_alternative<mirror::TargetClosed>(event);

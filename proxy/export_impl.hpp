@@ -69,6 +69,7 @@ class ExportImpl final : public Export {
   void on(mirror::CloseTarget&& a);
   void on(mirror::UsePath&& a);
   void on(mirror::RefusePath&& a);
+  void on(mirror::LeavePath&& a);
   void on(mirror::WriteRecord&& a);
   void on(mirror::Ended&& a);
   void on(mirror::LetGo&& a);

@@ -95,6 +95,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void take_answers(std::vector<Answer>& out);
 
   [[nodiscard]] bool is_ready() const { return stage_ == Stage::ready && !dead_; }
+  // From the next look on.
+  void set_answer_timeout(Duration timeout) { options_.answer_timeout = timeout; }
   // Did it end because the server hung?
   [[nodiscard]] bool hung() const { return hung_; }
   [[nodiscard]] const Offer& offer() const { return offer_; }  // once ready

@@ -10,6 +10,8 @@ namespace {
 
 constexpr Duration retry_delay_min = std::chrono::milliseconds(100);
 constexpr Duration retry_delay_max = std::chrono::seconds(5);
+constexpr const char* leaving =
+    "its server is shutting down, or its disk has been handed over (ESHUTDOWN)";
 
 }  // namespace
 
@@ -42,6 +44,7 @@ void Path::use(ConnectionGrowth growth, bool kept) {
   known = true;
   denials = 0;
   id = {};
+  if (!kept) drop_slots();
   stage_ = Stage::used;
   growth_ = growth;
   flushed_ = writes_;
@@ -49,8 +52,7 @@ void Path::use(ConnectionGrowth growth, bool kept) {
   if (kept) {
     Slot& first = *slots_.front();
     first.ready = first.joined = first.certain = true;
-  } else {
-    drop_slots();
+    first.connection->set_answer_timeout(config_.answer_timeout);
   }
   grow();
 }
@@ -95,7 +97,10 @@ void Path::dial(Slot& slot) {
   slot.connection = std::make_shared<Connection>(
       executor_,
       ConnectionOptions{endpoint_, config_.migration_id, session_, stage_ == Stage::probing,
-                        config_.connect_timeout, config_.answer_timeout},
+                        config_.connect_timeout,
+                        stage_ == Stage::probing
+                            ? std::min(config_.answer_timeout, config_.connect_timeout)
+                            : config_.answer_timeout},
       *this);
   slot.connection->open();
 }
@@ -169,9 +174,7 @@ void Path::on_ended(Connection& connection, const std::string& reason) {
   }
   const bool was_ready = std::exchange(slot->ready, false);
   slot->certain = false;
-  if (!certain() || (connection.hung() && nobody_answers())) {
-    give_up(reason);
-  } else {
+  if (may_wait(*slot) && !(connection.hung() && nobody_answers())) {
     if (was_ready) owner_.on_window();
     take_answers(*slot);
     // One more was wanted, and the server takes no more.
@@ -181,12 +184,28 @@ void Path::on_ended(Connection& connection, const std::string& reason) {
     } else {
       dial_later(slot);
     }
+    if (leaves_) give_up(leaving);
+  } else {
+    give_up(reason);
   }
   owner_.on_settled();
 }
 
+// Is there another connection to go on with, or, if none was ever made, one that may yet be?
+bool Path::may_wait(const Slot& slot) const {
+  if (certain()) return true;
+  bool first_ones = true;
+  bool dialling = false;
+  for (const auto& other : slots_) {
+    first_ones = first_ones && !other->joined;
+    dialling = dialling || (other.get() != &slot && other->connection);
+  }
+  return first_ones && dialling;
+}
+
 // The server may have restarted. What newer connections have in flight is given up as well.
 void Path::give_up(const std::string& reason) {
+  failure_ = reason;
   for (const auto& slot : slots_) slot->ready = slot->certain = false;
   owner_.on_window();
   rest();
@@ -239,13 +258,13 @@ std::pair<bool, double> Path::rank(std::uint64_t bytes, double unknown_rate) con
 void Path::on_answers(Connection& connection) {
   const auto self = shared_from_this();
   take_answers(*slot_of(connection));
-  if (std::exchange(leaves_, false)) {
-    failure_ = "its server is shutting down, or its disk has been handed over (ESHUTDOWN)";
+  if (leaves_) {
     if (stage_ == Stage::used) {
-      give_up(failure_);
+      give_up(leaving);
     } else {
+      failure_ = leaving;
       rest();
-      owner_.on_unreached(*this, failure_);
+      owner_.on_unreached(*this, leaving);
     }
   }
   owner_.on_settled();
@@ -256,10 +275,18 @@ void Path::take_answers(Slot& slot) {
   slot.connection->take_answers(answers_);
   std::uint64_t answered = 0;
   std::uint64_t done_bytes = 0;
+  const bool leaves = std::any_of(answers_.begin(), answers_.end(), [](const Answer& answer) {
+    return answer.done.error == IoError::shutdown;
+  });
+  if (leaves && stage_ == Stage::used && !leaves_) {
+    // The smaller window first: each answer makes room in it.
+    for (const auto& s : slots_) s->ready = s->certain = false;
+    owner_.on_window();
+  }
+  leaves_ = leaves_ || leaves;
   for (auto& answer : answers_) {
-    if (answer.done.error == IoError::shutdown) {
-      leaves_ = true;
-      if (stage_ != Stage::used) answer.done.error = IoError::lost;
+    if (answer.done.error == IoError::shutdown && stage_ != Stage::used) {
+      answer.done.error = IoError::lost;
     }
     if (answer.done.error == IoError::none) count(answer);
     if (answer.done.error != IoError::lost) answered = std::max(answered, answer.sequence);
@@ -267,7 +294,7 @@ void Path::take_answers(Slot& slot) {
     owner_.on_answer(*this, std::move(answer.done));
   }
   if (answered == 0) return;
-  answered_at_ = Clock::now();
+  answered_at_ = heard_at_ = Clock::now();
   gauge_.update(answered_at_, cost(), done_bytes);
   if (slot.certain && doubts_) vouch(answered);
   if (stage_ == Stage::used && growth_.observe(answered_at_, rate(), latency_)) grow();

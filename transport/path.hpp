@@ -52,6 +52,7 @@ class PathOwner {
 
 class Path final : public ConnectionOwner, public std::enable_shared_from_this<Path> {
  public:
+  using Clock = std::chrono::steady_clock;
   enum class Stage : std::uint8_t { resting, seeking, probing, reached, used, refused };
 
   Path(boost::asio::any_io_executor executor, Endpoint endpoint, const TargetConfig& config,
@@ -65,6 +66,8 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   // Lets all connections go; what they have in flight is answered (lost).
   void rest();
   void refuse();
+  // Used, and no longer to be: its owner is told that it is lost.
+  void give_up(const std::string& reason);
 
   // --- operations
   [[nodiscard]] bool can_take(Command command) const { return choose(command) != nullptr; }
@@ -86,6 +89,9 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   [[nodiscard]] unsigned living() const;  // connections that are used
   [[nodiscard]] bool certain() const;     // any of them
   [[nodiscard]] std::uint64_t ops() const;
+  // The last answer, or when it had nothing to answer.
+  [[nodiscard]] Clock::time_point answered_at() const { return answered_at_; }
+  [[nodiscard]] Clock::time_point heard_at() const { return heard_at_; }  // the last answer
   void forget_failure() { failure_.clear(); }
   [[nodiscard]] const std::string& failure() const {
     return failure_;
@@ -104,8 +110,6 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   void on_ended(Connection& connection, const std::string& reason) override;
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   // A place for a connection, and what outlives it.
   struct Slot {
     explicit Slot(const boost::asio::any_io_executor& executor) : retry(executor) {}
@@ -123,8 +127,8 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   void dial_later(const std::shared_ptr<Slot>& slot);
   void joined(Slot& slot);
   void grow();
-  void give_up(const std::string& reason);
   void drop_slots();
+  [[nodiscard]] bool may_wait(const Slot& slot) const;
   [[nodiscard]] const std::shared_ptr<Slot>& slot_of(const Connection& connection) const;
   [[nodiscard]] Slot* choose(Command command) const;
   void take_answers(Slot& slot);
@@ -145,7 +149,8 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   std::string failure_;
   bool doubts_ = false;              // some ready connection isn't certain
   bool leaves_ = false;              // the server says that it is shutting down
-  Clock::time_point answered_at_{};  // the last answer, on any connection
+  Clock::time_point answered_at_{};  // the last answer, on any connection; or when there were none to come
+  Clock::time_point heard_at_{};
   std::vector<Answer> answers_;      // scratch
 
   RateGauge gauge_;

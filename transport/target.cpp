@@ -48,8 +48,12 @@ constexpr unsigned connections_max = 64;
 constexpr std::uint32_t connection_ops_max = 64;
 constexpr std::uint64_t connection_bytes_max = 8ULL * 1024 * 1024;
 constexpr std::uint64_t flushes_max = 8;  // these go at once, whatever the window says
-// A server that was restarted may deny what it knew before, while older connections have not noticed.
-constexpr unsigned denials_max = 4;  // in a row, with growing pauses between them
+// Connections of all paths together, unless the operator names a number: servers have limits, too.
+constexpr unsigned connections_sum = 32;
+// Attempts in a row, with growing pauses between them, then a path that was never proved is refused. One that
+// was may be denied by a server that restarted, while older connections have not noticed.
+constexpr unsigned denials_max = 4;
+constexpr int checks_per_silence = 10;
 
 // A nbdferry target lets go of the connections of older sessions when it sees a new one.
 std::string new_session() {
@@ -77,6 +81,7 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   void abandon();
   void use(PathId id);
   void refuse_path(PathId id, const std::string& reason);
+  void leave_path(PathId id);
   [[nodiscard]] std::vector<PathState> paths() const;
 
   void on_reached(Path& path) override;
@@ -96,11 +101,15 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   struct Flush {
     std::vector<std::pair<Path*, std::uint64_t>> waits;  // and the writes that it covers there
     IoError error = IoError::none;
+    std::chrono::steady_clock::time_point answered_at{};  // by a path, last
   };
 
   void seek(bool later);
   void came_up(Path& path);
   void judge(Path& path);
+  void watch();
+  void check_silence();
+  [[nodiscard]] bool silent(const Path& path) const;
   void deny(Path& path, const std::string& why);
   void take_in(Path& path);
   void refuse_path(Path& path, const std::string& why);
@@ -134,6 +143,7 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   std::uint64_t submissions_ = 0;
   std::uint64_t last_id_ = 0;  // of a path that was found
   std::map<OpId, Flush> flushes_;
+  boost::asio::steady_timer silence_timer_;
 
   std::vector<mirror::Event> outbox_;
   std::optional<mirror::Event> last_word_;  // TargetLost or TargetClosed: once all is answered
@@ -143,7 +153,10 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
 
 State::State(boost::asio::any_io_executor executor, TargetConfig config,
              std::vector<Endpoint> endpoints, EventHandler on_event)
-    : executor_(std::move(executor)), config_(std::move(config)), on_event_(std::move(on_event)) {
+    : executor_(std::move(executor)),
+      config_(std::move(config)),
+      on_event_(std::move(on_event)),
+      silence_timer_(executor_) {
   for (auto& endpoint : endpoints) {
     paths_.push_back(std::make_shared<Path>(executor_, std::move(endpoint), config_, *this));
     paths_.back()->known = config_.known;
@@ -254,18 +267,29 @@ std::string State::misfit(const mirror::TargetInfo& info) const {
 
 ConnectionGrowth State::connections_wanted() const {
   if (!offer_.multi_conn) return {1, 1};
-  if (config_.connections == 0) return {connections_first, connections_grown};
+  if (config_.connections == 0) {
+    const auto share = std::max(1U, connections_sum / static_cast<unsigned>(paths_.size()));
+    return {std::min(connections_first, share), std::min(connections_grown, share)};
+  }
   const unsigned named = std::min(config_.connections, connections_max);
   return {named, named};
 }
 
 void State::came_up(Path& path) {
-  main_ = &path;
   const auto why = misfit(path.offer().info);
   if (!why.empty()) {
-    refuse(why);
+    const bool others = std::any_of(paths_.begin(), paths_.end(), [&](const auto& p) {
+      return p.get() != &path && p->known && p->stage() != Path::Stage::refused;
+    });
+    if (was_up_ && others) {
+      refuse_path(path, why);
+    } else {
+      main_ = &path;
+      refuse(why);
+    }
     return;
   }
+  main_ = &path;
   phase_ = Phase::up;
   was_up_ = true;
   offer_ = path.offer();
@@ -279,6 +303,7 @@ void State::came_up(Path& path) {
     // One connection at a time: what was proved waits until it is needed.
     if (offer_.multi_conn || !other->known) other->probe(session_, false);
   }
+  if (paths_.size() > 1) watch();
 }
 
 // Another path has a connection, which has claimed nothing.
@@ -287,6 +312,10 @@ void State::judge(Path& path) {
   if (!may_join(offer)) {
     deny(path, "the export there has another size, or offers something else");
   } else if (!offer_.info.incoming) {
+    if (!path.known && ++path.denials > denials_max) {
+      refuse_path(path, "it is reached, and never answers");
+      return;
+    }
     path.id = PathId{++last_id_};
     mirror::PathFound found{path.id, {}, path.known};
     std::random_device random;
@@ -300,7 +329,7 @@ void State::judge(Path& path) {
 }
 
 void State::deny(Path& path, const std::string& why) {
-  if (++path.denials >= denials_max) {
+  if (!path.known && ++path.denials >= denials_max) {
     refuse_path(path, why);
     return;
   }
@@ -321,9 +350,12 @@ void State::take_in(Path& path) {
 
 void State::refuse_path(Path& path, const std::string& why) {
   path.refuse();
-  outbox_.emplace_back(mirror::PathRefused{fmt::format(
-      "the path {} is not used: {} (it should be the export of {}): check both, and start again",
-      path.endpoint().name(), why, main_->endpoint().name())});
+  const auto& first = main_->endpoint();
+  const auto like = main_ == &path ? std::string{}
+                                   : fmt::format(" (it should be the export of {})", first.name());
+  outbox_.emplace_back(mirror::PathRefused{
+      fmt::format("the path {} is not used: {}{}: check the servers, and start again",
+                  path.endpoint().name(), why, like)});
 }
 
 Path* State::asked_for(PathId id) const {
@@ -343,6 +375,51 @@ void State::refuse_path(PathId id, const std::string& reason) {
   emit_soon();
 }
 
+void State::leave_path(PathId id) {
+  if (Path* path = asked_for(id)) {
+    if (!path->known) --path->denials;  // it was not asked to the end
+    path->rest();
+    path->probe(session_, true);
+  }
+  emit_soon();
+}
+
+// --- a path that says nothing
+
+void State::watch() {
+  silence_timer_.expires_after(config_.path_silence / checks_per_silence);
+  silence_timer_.async_wait([weak = weak_from_this()](const boost::system::error_code& error) {
+    const auto self = weak.lock();
+    if (!self || error || self->phase_ != Phase::up) return;
+    self->check_silence();
+    self->emit();
+    if (self->phase_ == Phase::up) self->watch();
+  });
+}
+
+void State::check_silence() {
+  for (const auto& path : paths_) {
+    if (silent(*path)) path->give_up("no answer, while other paths answer");
+  }
+}
+
+// Each answers the others' questions, too: what is slow is slow by all of them. A flush may take long, until
+// another path has had its answer.
+bool State::silent(const Path& path) const {
+  const auto now = std::chrono::steady_clock::now();
+  if (path.stage() != Path::Stage::used || path.ops() == 0) return false;
+  if (now - path.answered_at() < config_.path_silence) return false;
+  for (const auto& [id, flush] : flushes_) {
+    const bool waits = std::any_of(flush.waits.begin(), flush.waits.end(),
+                                   [&](const auto& wait) { return wait.first == &path; });
+    const bool alone = flush.answered_at != std::chrono::steady_clock::time_point{};
+    if (waits && (!alone || now - flush.answered_at < config_.path_silence)) return false;
+  }
+  return std::any_of(paths_.begin(), paths_.end(), [&](const auto& other) {
+    return other.get() != &path && other->certain() && now - other->heard_at() < config_.path_silence / 2;
+  });
+}
+
 void State::on_window() {
   if (phase_ == Phase::up) outbox_.emplace_back(window());
 }
@@ -353,8 +430,7 @@ void State::on_lost(Path& path, const std::string& reason) {
   const bool left =
       std::any_of(paths_.begin(), paths_.end(), [](const auto& p) { return p->certain(); });
   if (left) {
-    // One nbdferry serves all of its paths from one cache.
-    outbox_.emplace_back(mirror::PathLost{what, path.unflushed() && !offer_.info.incoming});
+    outbox_.emplace_back(mirror::PathLost{what, path.unflushed()});
     path.probe(session_, true);
     return;
   }
@@ -479,12 +555,14 @@ bool State::flush(const mirror::DiskOp& op) {
 
 void State::flush_answered(Path& path, mirror::TargetDone&& done) {
   const auto it = flushes_.find(done.id);
-  auto& [waits, error] = it->second;
+  auto& waits = it->second.waits;
+  auto& error = it->second.error;
   const auto of_path = std::find_if(waits.begin(), waits.end(),
                                     [&](const auto& wait) { return wait.first == &path; });
   if (done.error == IoError::none) path.flushed(of_path->second);
   if (error == IoError::none) error = done.error;
   waits.erase(of_path);
+  it->second.answered_at = std::chrono::steady_clock::now();
   if (!waits.empty()) return;
   done.error = error;
   flushes_.erase(it);
@@ -545,6 +623,7 @@ class TargetOverLibnbd final : public Target {
   void refuse(PathId path, const std::string& reason) override {
     state_->refuse_path(path, reason);
   }
+  void leave(PathId path) override { state_->leave_path(path); }
   [[nodiscard]] std::vector<PathState> paths() const override { return state_->paths(); }
 
  private:

@@ -30,6 +30,9 @@ struct TargetConfig {
   // A connection with requests in flight on which nothing moves for so long is given up. Longer than a
   // slow disk's flush, and than a server that stops for a while and goes on.
   Duration answer_timeout = std::chrono::seconds(60);
+  // One path says nothing for so long, while another one answers: it is given up. Shorter than the timeouts
+  // of the guests' disks, longer than a server's pause.
+  Duration path_silence = std::chrono::seconds(10);
 };
 
 struct PathState {
@@ -69,6 +72,7 @@ class Target {
   // The answers to PathFound. One that is there no more is not missed.
   virtual void use(PathId path) = 0;
   virtual void refuse(PathId path, const std::string& reason) = 0;
+  virtual void leave(PathId path) = 0;
 
   [[nodiscard]] virtual std::vector<PathState> paths() const = 0;
 

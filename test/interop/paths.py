@@ -133,7 +133,7 @@ def wrong(scratch):
     disk.ok("migrate", uri, other_uri)
     until_up(disk, ["up", "refused"])
     error = disk.status()["last_error"]
-    for part in (uri, other_uri, "leads to another export", "check both"):
+    for part in (uri, other_uri, "leads to another export", "check the servers"):
         check(part in error, f"{part!r} is not in {error!r}")
     check(error in scratch.log("ferry"), "the log says so")
     release(scratch, disk, load, image, target)

@@ -314,10 +314,13 @@ mirror::PathFound TargetModel::find_path() {
 }
 
 void TargetModel::lose_found_path() {
-  const auto it = found_.begin() + static_cast<std::ptrdiff_t>(prng_.below(found_.size()));
-  for (auto& f : flights_) f.doomed = f.doomed || f.op().path == it->id;
-  gone_.push_back(it->id);
-  found_.erase(it);
+  gone_.push_back(found_[prng_.below(found_.size())].id);
+  leave(gone_.back());
+}
+
+void TargetModel::leave(PathId path) {
+  for (auto& f : flights_) f.doomed = f.doomed || f.op().path == path;
+  std::erase_if(found_, [&](const Found& f) { return f.id == path; });
 }
 
 const TargetModel::Found* TargetModel::found(PathId path) const {

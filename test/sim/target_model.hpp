@@ -65,6 +65,8 @@ class TargetModel {
   [[nodiscard]] std::size_t found_paths() const { return found_.size(); }
   // The core has decided; what it is, or was.
   [[nodiscard]] OtherPath decided(PathId path);
+  // It is to let go of it: it is as if it had gone.
+  void leave(PathId path);
   // All of them at once: the window is zero from now on, then what is in flight is answered as
   // lost.
   [[nodiscard]] mirror::TargetWindow lose_all(Time now);

@@ -103,6 +103,9 @@ struct ActionText {
   S operator()(const mirror::RefusePath& a) const {
     return fmt::format("  refuse path {}: {}", number(a.path), a.reason);
   }
+  S operator()(const mirror::LeavePath& a) const {
+    return fmt::format("  leave path {}", number(a.path));
+  }
   S operator()(const mirror::WriteRecord& a) const {
     return fmt::format("  write record: {}", name(a.kind));
   }

@@ -305,6 +305,8 @@ void World::act(RefusePath& a) {
   cases_.saw_if(what == Other::another, Case::path_refused);
 }
 
+void World::act(LeavePath& a) { target_.leave(a.path); }
+
 void World::act(WriteRecord& a) {
   require(!record_ && serving_ == Serving::source, "a record is written out of turn");
   require(

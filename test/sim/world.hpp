@@ -104,6 +104,7 @@ class World {
   void act(mirror::CloseTarget&) { target_.close(now_); }
   void act(mirror::UsePath& a);
   void act(mirror::RefusePath& a);
+  void act(mirror::LeavePath& a);
   void act(mirror::WriteRecord& a);
   void act(mirror::CommandDone& a);
   void act(mirror::Ended&) { running_ = false; }

@@ -157,13 +157,15 @@ void Peer::send_hello(std::uint64_t size, std::uint16_t flags) {
   send(hello);
 }
 
-void Peer::send_reply(const Request& request, std::uint32_t error) {
+std::string Peer::reply(const Request& request, std::uint32_t error) {
   std::string reply;
   append(reply, htobe32(0x67446698));
   append(reply, htobe32(error));
   append(reply, htobe64(request.cookie));
-  send(reply);
+  return reply;
 }
+
+void Peer::send_reply(const Request& request, std::uint32_t error) { send(reply(request, error)); }
 
 void Peer::receive() {
   char buffer[65536];

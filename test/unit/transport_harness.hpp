@@ -98,6 +98,7 @@ class Peer {
   void close();
   void send(const std::string& bytes);
   void send_hello(std::uint64_t size, std::uint16_t flags);
+  [[nodiscard]] static std::string reply(const Request& request, std::uint32_t error = 0);
   void send_reply(const Request& request, std::uint32_t error = 0);
   // Takes in what has arrived; a complete request, if there is one.
   std::optional<Request> next();
@@ -113,6 +114,7 @@ class Peer {
 
 inline constexpr std::uint16_t flags_plain = 0x0001 | 0x0004 | 0x0008;  // has, flush, FUA
 inline constexpr std::uint16_t flags_multi = flags_plain | 0x0100;
+inline constexpr std::uint32_t error_shutdown = 108;
 inline constexpr std::uint16_t cmd_write = 1, cmd_disc = 2, cmd_flush = 3;
 
 // A Target, its loop, and what it said.

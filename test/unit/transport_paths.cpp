@@ -41,10 +41,11 @@ bool has(const std::string& text, const std::string& part) {
 
 // Two scripted peers, one behind each path, both used.
 struct TwoPaths {
-  explicit TwoPaths(std::uint16_t flags = flags_multi)
+  explicit TwoPaths(std::uint16_t flags = flags_multi, Duration silence = 10s)
       : d([&] {
           auto config = config_of({a.uri(), b.uri()});
           config.connections = 1;
+          config.path_silence = silence;
           return config;
         }()) {
     d.target->open();
@@ -267,6 +268,95 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("a server says ESHUTDOWN among good answers while the window is full") {
+  TwoPaths two;
+  two.use();
+  auto& d = two.d;
+  d.run_for(20ms);
+  std::uint64_t n = 0;
+  const auto write = [&] { (void)d.write(n++ % 256 * 4096, 4096, 'a'); };
+  while (d.unanswered() < d.window_ops) write();
+  d.run_for(300ms);
+  std::vector<Peer::Request> first;
+  while (const auto r = two.first->next()) first.push_back(*r);
+  REQUIRE(first.size() > 2);
+  // As the core does: whatever is answered makes room within the window that it was told.
+  d.on_event = [&](const mirror::Event& e) {
+    if (!std::holds_alternative<mirror::TargetDone>(e)) return;
+    if (d.unanswered() - 1 < d.window_ops && n < 2000) write();
+  };
+  std::string all;  // in one segment
+  for (std::size_t i = 0; i <= first.size() / 2; ++i) {
+    all += Peer::reply(first[i], i < first.size() / 2 ? 0 : error_shutdown);
+  }
+  two.first->send(all);
+  CHECK(d.until([&] { return d.count("path lost") == 1; }));
+  CHECK(d.connections(1) == 1);
+}
+
+TEST_CASE("a path that says nothing while the other answers is given up") {
+  TwoPaths two(flags_multi, 1s);
+  two.use();
+  auto& d = two.d;
+  bool flushing = false;
+  SUBCASE("with a write to answer") {}
+  SUBCASE("with a flush to answer, which the other has answered") { flushing = true; }
+  if (flushing) {
+    (void)d.submit(make_op(Command::flush));
+  } else {
+    while (!two.second->next()) {
+      (void)d.write(0, 4096, 'a');
+      d.run_for(5ms);
+      two.answer(*two.first);
+    }
+  }
+  std::uint64_t at = 0;
+  CHECK(d.until(
+      [&] {
+        two.answer(*two.first);
+        if (d.count("path lost") != 0) return true;
+        (void)d.write(++at % 128 * 4096, 4096, 'b');
+        d.run_for(20ms);
+        return false;
+      },
+      10s));
+  CHECK(has(d.reason, "no answer, while other paths answer"));
+  CHECK(d.count("lost") == 0);
+  CHECK(d.connections(0) == 1);
+}
+
+TEST_CASE("a path that is left is found again, and its read is lost") {
+  TwoPaths two;
+  auto& d = two.d;
+  const auto read = d.submit(read_by(d.found[0].path));
+  REQUIRE(d.request(*two.second));
+  d.target->leave(d.found[0].path);
+  REQUIRE(d.until([&] { return d.done(read) != nullptr; }));
+  CHECK(d.done(read)->error == IoError::lost);
+  auto again = d.accept(two.b);
+  again->send_hello(mib, flags_multi);
+  CHECK(d.until([&] { return d.found.size() == 2; }));
+}
+
+TEST_CASE("a path that is found again and again, and never answers, is refused") {
+  TwoPaths two;
+  auto& d = two.d;
+  std::vector<std::unique_ptr<Peer>> probes;
+  CHECK(d.until(
+      [&] {
+        if (two.second) two.second->close();
+        two.second.reset();
+        if (d.count("path refused") != 0) return true;
+        probes.push_back(d.accept(two.b));
+        probes.back()->send_hello(mib, flags_multi);
+        d.run_for(50ms);
+        probes.back()->close();
+        return false;
+      },
+      20s));
+  CHECK(has(d.reason, "never answers"));
+}
+
 TEST_CASE("a path that dies while it waits for the verdict is found again") {
   TwoPaths two;
   auto& d = two.d;
@@ -302,7 +392,7 @@ TEST_CASE("a server that shuts down is left, and the next one awaited") {
   const auto write = d.write(0, 4096, 'a');
   const auto r = d.request(*two.first);
   REQUIRE(r);
-  two.first->send_reply(*r, 108);
+  two.first->send_reply(*r, error_shutdown);
   REQUIRE(d.until([&] { return d.count("lost") == 1; }));
   CHECK(d.done(write)->error == IoError::shutdown);
   CHECK(has(d.reason, "shutting down"));
