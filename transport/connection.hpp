@@ -24,6 +24,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <boost/asio/any_io_executor.hpp>
@@ -114,11 +115,12 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::string start_handshake(int fd);
   bool add_private_contexts();
   void learn_offer();
+  std::string handshake_failed(std::string_view why) const;
   std::string why_dead() const;
 
   void on_readable();
   void on_writable();
-  bool readable_now();
+  bool is_now(short events);  // POLLIN or POLLOUT
   void wait_as_directed();
   void progress();
   void fail(const std::string& reason);
@@ -136,6 +138,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   boost::asio::posix::stream_descriptor watched_;
   std::shared_ptr<Dial> dial_;
   nbd_handle* handle_ = nullptr;
+  std::string tls_files_;  // their version before the handshake
   Stage stage_ = Stage::dialling;
   bool dead_ = false;  // libnbd's handle is finished; we have not said so yet
   bool hung_ = false;
