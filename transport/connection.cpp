@@ -18,6 +18,7 @@
 #include <libnbd.h>
 
 #include "mirror/assert.hpp"
+#include "transport/certificate_check.hpp"
 #include "transport/flight.hpp"
 #include "transport/libnbd_errors.hpp"
 
@@ -67,6 +68,10 @@ void Connection::open() {
 
 void Connection::on_timeout() {
   if (stage_ == Stage::ready || stage_ == Stage::ended) return;
+  if (certificate_check_) {
+    fail(explain_certificate(CertificateFault::unknown, *options_.endpoint.tls));
+    return;
+  }
   const auto seconds = std::chrono::duration<double>(options_.connect_timeout).count();
   fail(stage_ == Stage::dialling
            ? fmt::format("cannot connect: no answer within {:g} s: {}", seconds, check_address)
@@ -117,11 +122,11 @@ void Connection::on_dialled(int fd, const std::string& error) {
     fail(failure);
     return;
   }
-  wait_as_directed();
+  if (!dead_) wait_as_directed();
   progress();
 }
 
-// Takes the descriptor over; returns why it failed, or nothing.
+// Takes the descriptor over; returns why it failed, or nothing. What libnbd has to say comes by progress().
 std::string Connection::start_handshake(int fd) {
   const int watched = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
   if (watched < 0) {
@@ -152,8 +157,12 @@ std::string Connection::start_handshake(int fd) {
       return why;
     }
   }
-  // From here on the descriptor is libnbd's, even when this fails.
-  if (nbd_aio_connect_socket(handle_, fd) == -1) return handshake_failed(last_libnbd_error());
+  // From here on the descriptor is libnbd's, even when this fails. With a server that is quick enough the
+  // handshake may have ended when it returns.
+  if (nbd_aio_connect_socket(handle_, fd) == -1) {
+    dead_ = true;
+    return {};
+  }
   if (tls && !will_verify(handle_, *tls)) {
     return "this libnbd would not verify the server's name: use --tls-psk, or another version";
   }
@@ -224,6 +233,23 @@ std::string Connection::why_dead() const {
   return stage_ == Stage::handshaking ? handshake_failed(why) : why;
 }
 
+bool Connection::doubts_certificate() const {
+  return stage_ == Stage::handshaking && options_.endpoint.tls &&
+         is_certificate_refused(last_libnbd_error());
+}
+
+// The handshake's time limit holds for this, too.
+void Connection::ask_for_certificate() {
+  let_go();
+  certificate_check_ = std::make_shared<CertificateCheck>(
+      executor_, options_.endpoint, [weak = weak_from_this()](CertificateFault fault) {
+        if (auto self = weak.lock()) {
+          self->fail(explain_certificate(fault, *self->options_.endpoint.tls));
+        }
+      });
+  certificate_check_->start();
+}
+
 // --- waiting
 // --------------------------------------------------------------------------------------
 
@@ -288,7 +314,11 @@ void Connection::progress() {
   const auto self = shared_from_this();  // the owner may drop us
   collect();
   if (dead_) {
-    fail(why_dead());
+    if (doubts_certificate()) {
+      ask_for_certificate();
+    } else {
+      fail(why_dead());
+    }
     return;
   }
   if (stage_ == Stage::handshaking && nbd_aio_is_ready(handle_) == 1) {
@@ -391,17 +421,24 @@ void Connection::shut() {
   timer_.cancel();
   if (dial_) dial_->cancel();
   dial_.reset();
+  if (certificate_check_) certificate_check_->cancel();
+  certificate_check_.reset();
+  let_go();
+  dead_ = true;
+  collect();
+  for (auto& flight : flights_) {
+    if (flight->busy) answer(*flight, IoError::lost);
+  }
+}
+
+// Of the socket, and of libnbd.
+void Connection::let_go() {
   if (watched_.is_open()) {
     // Not watched_.close(): Asio leaves the epoll registration to the close of the last descriptor,
     // which may be libnbd's.
     ::close(watched_.release());
   }
   if (handle_ != nullptr) nbd_close(std::exchange(handle_, nullptr));
-  dead_ = true;
-  collect();
-  for (auto& flight : flights_) {
-    if (flight->busy) answer(*flight, IoError::lost);
-  }
 }
 
 }  // namespace nbdferry::transport

@@ -55,6 +55,7 @@ struct Answer {
   Duration latency{};            // of small requests that were answered; else zero
 };
 
+class CertificateCheck;
 class Connection;
 
 // Told from the executor only, never from inside a member function of Connection.
@@ -117,6 +118,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void learn_offer();
   std::string handshake_failed(std::string_view why) const;
   std::string why_dead() const;
+  bool doubts_certificate() const;
+  void ask_for_certificate();
 
   void on_readable();
   void on_writable();
@@ -124,6 +127,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void wait_as_directed();
   void progress();
   void fail(const std::string& reason);
+  void let_go();
   void shut();
 
   Flight& take_flight(mirror::DiskOp&& op, std::uint64_t sequence);
@@ -137,6 +141,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   boost::asio::steady_timer timer_;
   boost::asio::posix::stream_descriptor watched_;
   std::shared_ptr<Dial> dial_;
+  std::shared_ptr<CertificateCheck> certificate_check_;  // the handshake has failed, and we ask why
   nbd_handle* handle_ = nullptr;
   std::string tls_files_;  // their version before the handshake
   Stage stage_ = Stage::dialling;

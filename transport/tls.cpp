@@ -161,10 +161,89 @@ std::string tls_files_version(const TlsPeer& peer) {
   return version;
 }
 
+// --- what went wrong
+// ------------------------------------------------------------------------------------
+
+namespace {
+
+bool has(std::string_view text, std::string_view part) {
+  return text.find(part) != std::string_view::npos;
+}
+
+// Such a server says nothing: it hangs up.
+std::string explain_refusal(const TlsPeer& peer, bool after_handshake) {
+  if (!peer.psk_file.empty()) {
+    return "the server refused our key, or takes none: compare its PSK file with ours, user and key";
+  }
+  if (!after_handshake) {
+    return "the server ended the TLS handshake: does it take certificates, or keys (--tls-psk)?";
+  }
+  if (!exists(in_folder(peer, client_certificate_file))) {
+    return fmt::format(
+        "the server ended the connection when TLS was up: if it demands a client's certificate, put "
+        "{} and {} into '{}'",
+        client_certificate_file, client_key_file, peer.certificates);
+  }
+  return fmt::format(
+      "the server ended the connection when TLS was up: does it trust who signed '{}'?",
+      in_folder(peer, client_certificate_file));
+}
+
+}  // namespace
+
 std::string explain_tls_failure(std::string_view why, const TlsPeer* peer) {
-  (void)why;
-  (void)peer;
+  if (peer == nullptr) {
+    if (has(why, "server requires TLS")) return "the server demands TLS: use nbds";
+    return {};
+  }
+  if (has(why, "server refused TLS") || has(why, "server is oldstyle") ||
+      has(why, "not using fixed newstyle")) {
+    return "the server does not offer TLS, and is not talked to without: set it up there";
+  }
+  if (is_certificate_refused(why)) return explain_certificate(CertificateFault::unknown, *peer);
+  if (has(why, "Insufficient credentials") && !peer->psk_file.empty()) {
+    return "the server has a certificate, no keys: use --tls-certificates";
+  }
+  if (has(why, "non-properly terminated") || has(why, "alert") || has(why, "pull function")) {
+    return explain_refusal(*peer, has(why, "gnutls_record"));
+  }
+  if (has(why, "gnutls_certificate_set") || has(why, "gnutls_psk_set")) {
+    return fmt::format("cannot use the TLS files: {}", why);
+  }
+  if (has(why, "gnutls_handshake")) {
+    return fmt::format("the TLS handshake failed: {}: compare both sides' TLS settings", why);
+  }
   return {};
+}
+
+bool is_certificate_refused(std::string_view why) {
+  return has(why, "Error in the certificate verification");
+}
+
+std::string explain_certificate(CertificateFault fault, const TlsPeer& peer) {
+  const auto ca = in_folder(peer, ca_file);
+  switch (fault) {
+    case CertificateFault::unknown_signer:
+      return fmt::format(
+          "the server's certificate is not signed by the CA in '{}': give the server one that is, or "
+          "put its CA there",
+          ca);
+    case CertificateFault::other_name:
+      return fmt::format(
+          "the server's certificate is not for '{}': use the name that it has, or add "
+          "tls-hostname=NAME to the URI",
+          peer.hostname);
+    case CertificateFault::expired:
+      return "the server's certificate has expired: renew it there";
+    case CertificateFault::not_yet_valid:
+      return "the server's certificate is not valid yet: compare both hosts' clocks";
+    case CertificateFault::unknown:
+      break;
+  }
+  return fmt::format(
+      "the server's certificate was not accepted: is it for '{}', signed by the CA in '{}', in date, "
+      "and not revoked?",
+      peer.hostname, ca);
 }
 
 }  // namespace nbdferry::transport

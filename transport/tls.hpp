@@ -51,4 +51,17 @@ struct TlsPeer {
 // `peer` is null for a connection in the clear.
 [[nodiscard]] std::string explain_tls_failure(std::string_view why, const TlsPeer* peer);
 
+// The one failure whose reason libnbd keeps to itself.
+[[nodiscard]] bool is_certificate_refused(std::string_view why);
+
+enum class CertificateFault : std::uint8_t {
+  unknown,  // or more than one
+  unknown_signer,
+  other_name,
+  expired,
+  not_yet_valid,
+};
+
+[[nodiscard]] std::string explain_certificate(CertificateFault fault, const TlsPeer& peer);
+
 }  // namespace nbdferry::transport
