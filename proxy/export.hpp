@@ -33,7 +33,7 @@ struct MigrateRequest {
   std::vector<std::string> uris;  // paths to one export
   std::vector<std::string> vias;  // local addresses, as transport::TargetConfig's
   transport::TlsOptions tls;
-  unsigned connections = 0;  // per path; 0: chosen
+  unsigned connections = 0;                            // per path; 0: chosen
   Duration answer_timeout = std::chrono::seconds(60);  // then a connection that hangs is given up
   mirror::MigrateOptions options;
 };

@@ -4,14 +4,14 @@
 #include <algorithm>
 #include <string_view>
 
+#include <openssl/ssl.h>
+#include <openssl/x509_vfy.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/read.hpp>
 #include <boost/asio/write.hpp>
-#include <openssl/ssl.h>
-#include <openssl/x509_vfy.h>
 
 namespace nbdferry::transport {
 
@@ -77,14 +77,15 @@ void CertificateCheck::on_dialled(int fd) {
     finish(CertificateFault::unknown);
     return;
   }
-  boost::asio::async_read(stream_.next_layer(), boost::asio::buffer(buffer_.data(), greeting_bytes),
-                          [self = shared_from_this()](boost::system::error_code failed, std::size_t) {
-                            if (failed) {
-                              self->finish(CertificateFault::unknown);
-                            } else {
-                              self->on_greeting();
-                            }
-                          });
+  boost::asio::async_read(
+      stream_.next_layer(), boost::asio::buffer(buffer_.data(), greeting_bytes),
+      [self = shared_from_this()](boost::system::error_code failed, std::size_t) {
+        if (failed) {
+          self->finish(CertificateFault::unknown);
+        } else {
+          self->on_greeting();
+        }
+      });
 }
 
 void CertificateCheck::on_greeting() {

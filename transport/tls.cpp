@@ -150,7 +150,8 @@ std::string tls_files_version(const TlsPeer& peer) {
   const auto add = [&version](const std::string& path) {
     struct stat s {};
     if (::stat(path.c_str(), &s) == 0) {
-      version += fmt::format("{}:{}:{}.{}", s.st_dev, s.st_ino, s.st_ctim.tv_sec, s.st_ctim.tv_nsec);
+      version +=
+          fmt::format("{}:{}:{}.{}", s.st_dev, s.st_ino, s.st_ctim.tv_sec, s.st_ctim.tv_nsec);
     }
     version += ' ';
   };
@@ -173,14 +174,16 @@ bool has(std::string_view text, std::string_view part) {
 // Such a server says nothing: it hangs up.
 std::string explain_refusal(const TlsPeer& peer, bool after_handshake) {
   if (!peer.psk_file.empty()) {
-    return "the server refused our key, or takes none: compare its PSK file with ours, user and key";
+    return "the server refused our key, or takes none: compare its PSK file with ours, user and "
+           "key";
   }
   if (!after_handshake) {
     return "the server ended the TLS handshake: does it take certificates, or keys (--tls-psk)?";
   }
   if (!exists(in_folder(peer, client_certificate_file))) {
     return fmt::format(
-        "the server ended the connection when TLS was up: if it demands a client's certificate, put "
+        "the server ended the connection when TLS was up: if it demands a client's certificate, "
+        "put "
         "{} and {} into '{}'",
         client_certificate_file, client_key_file, peer.certificates);
   }
@@ -225,7 +228,8 @@ std::string explain_certificate(CertificateFault fault, const TlsPeer& peer) {
   switch (fault) {
     case CertificateFault::unknown_signer:
       return fmt::format(
-          "the server's certificate is not signed by the CA in '{}': give the server one that is, or "
+          "the server's certificate is not signed by the CA in '{}': give the server one that is, "
+          "or "
           "put its CA there",
           ca);
     case CertificateFault::other_name:
@@ -241,7 +245,8 @@ std::string explain_certificate(CertificateFault fault, const TlsPeer& peer) {
       break;
   }
   return fmt::format(
-      "the server's certificate was not accepted: is it for '{}', signed by the CA in '{}', in date, "
+      "the server's certificate was not accepted: is it for '{}', signed by the CA in '{}', in "
+      "date, "
       "and not revoked?",
       peer.hostname, ca);
 }

@@ -22,9 +22,10 @@ enum class TlsUse : std::uint8_t {
 // Of a migration, for all its URIs.
 struct TlsOptions {
   TlsUse use = TlsUse::on;
-  std::string certificates;  // folder (absolute) with ca-cert.pem, as libnbd and QEMU lay it out; or empty
-  std::string psk_file;      // absolute; lines of USER:HEX; or empty
-  bool verify_peer = true;   // certificates only
+  std::string
+      certificates;  // folder (absolute) with ca-cert.pem, as libnbd and QEMU lay it out; or empty
+  std::string psk_file;     // absolute; lines of USER:HEX; or empty
+  bool verify_peer = true;  // certificates only
 
   friend bool operator==(const TlsOptions&, const TlsOptions&) = default;
 };

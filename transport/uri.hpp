@@ -15,12 +15,12 @@
 namespace nbdferry::transport {
 
 struct Endpoint {
-  std::string uri;          // as given, for messages
-  std::string host;         // TCP: name or address, without brackets
-  std::string port;         // TCP: decimal
-  std::string socket_path;  // unix; empty for TCP
-  std::string export_name;  // decoded; "" is the default export
-  std::string via;          // TCP: this host's address to connect from; empty: any
+  std::string uri;             // as given, for messages
+  std::string host;            // TCP: name or address, without brackets
+  std::string port;            // TCP: decimal
+  std::string socket_path;     // unix; empty for TCP
+  std::string export_name;     // decoded; "" is the default export
+  std::string via;             // TCP: this host's address to connect from; empty: any
   std::optional<TlsPeer> tls;  // none: in the clear
 
   // For messages: "URI", or "URI via ADDRESS".
