@@ -120,6 +120,8 @@ void CertificateCheck::on_reply() {
   boost::system::error_code error;
   context_.load_verify_file(endpoint_.tls->certificates + "/ca-cert.pem", error);
   auto* const wanted = SSL_get0_param(stream_.native_handle());
+  // As GnuTLS does: what is in the file is trusted, be it a root or not.
+  X509_VERIFY_PARAM_set_flags(wanted, X509_V_FLAG_PARTIAL_CHAIN);
   const auto& name = endpoint_.tls->hostname;
   if (X509_VERIFY_PARAM_set1_ip_asc(wanted, name.c_str()) != 1) {
     X509_VERIFY_PARAM_set1_host(wanted, name.data(), name.size());
