@@ -2,6 +2,7 @@
 #include "proxy/cli.hpp"
 
 #include <algorithm>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <sstream>
@@ -164,6 +165,41 @@ CLI::App& define_client(CLI::App& root, Parsed& parsed, const std::string& name,
   return app;
 }
 
+// The serving process reads the files, and perhaps after a restart.
+void add_path(CLI::App& app, const std::string& name, const std::string& type,
+              const std::string& help, std::string& target) {
+  app.add_option_function<std::string>(
+         name,
+         [name, &target](const std::string& text) {
+           if (text.empty()) throw CLI::ValidationError(name, "is empty");
+           target = std::filesystem::absolute(text).lexically_normal().string();
+         },
+         help)
+      ->type_name(type);
+}
+
+void define_tls(CLI::App& app, transport::TlsOptions& tls) {
+  using transport::TlsUse;
+  add_choice<TlsUse>(
+      app, "--tls",
+      "on: as the URIs say, nbds being TLS or nothing (the default); require: refuse the others; "
+      "off: refuse nbds",
+      {{"off", TlsUse::off}, {"on", TlsUse::on}, {"require", TlsUse::require}},
+      [&tls](TlsUse use) { tls.use = use; });
+  add_path(app, "--tls-certificates", "DIR",
+           "Folder with ca-cert.pem, whose owner signed the target's certificate, and, if the "
+           "target asks for ours, client-cert.pem and client-key.pem",
+           tls.certificates);
+  add_path(app, "--tls-psk", "FILE",
+           "Keys shared with the target instead, lines of USER:HEX; nbds://USER@HOST says which, "
+           "where there are several",
+           tls.psk_file);
+  add_choice<bool>(app, "--tls-verify-peer",
+                   "off: take any certificate: no eavesdropper, but anybody could be the target "
+                   "(default: on)",
+                   {{"on", true}, {"off", false}}, [&tls](bool on) { tls.verify_peer = on; });
+}
+
 void define_migrate(CLI::App& root, Parsed& parsed) {
   MigrateCommand& migrate = parsed.migrate;
   mirror::MigrateOptions& options = migrate.request.options;
@@ -171,8 +207,8 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
                                 "Start to copy the disk to another NBD server, under load");
   app.add_option(
          "URI", migrate.request.uris,
-         "The target: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH. Several are "
-         "paths to one export, and share the work")
+         "The target: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds://… and "
+         "nbds+unix://… with TLS. Several are paths to one export, and share the work")
       ->required();
   app.add_option("--connections", migrate.request.connections,
                  "Connections by each path (default: chosen)")
@@ -183,6 +219,7 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
          "for the one URI, which make as many paths")
       ->type_name("ADDRESS")
       ->allow_extra_args(false);
+  define_tls(app, migrate.request.tls);
   add_choice<mirror::Mode>(app, "--mode",
                            "When guest writes are answered: after the source (async), after both "
                            "sides (sync), or as the target keeps up (auto, the default)",

@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "proxy/limits.hpp"
+#include "proxy/tls_json.hpp"
 
 namespace nbdferry::proxy {
 namespace {
@@ -139,7 +140,7 @@ std::vector<std::string> read_texts(const json::value& value, std::string_view f
 // At the start rather than when the ownership record turns out to be too short for them.
 void check_length(const MigrateRequest& request) {
   const std::size_t paths = std::max(request.uris.size(), request.vias.size());
-  std::size_t bytes = 0;
+  std::size_t bytes = request.tls.certificates.size() + request.tls.psk_file.size();
   for (std::size_t i = 0; i < paths; ++i) {
     bytes +=
         request.uris[request.uris.size() == 1 ? 0 : std::min(i, request.uris.size() - 1)].size();
@@ -147,7 +148,7 @@ void check_length(const MigrateRequest& request) {
   }
   if (bytes > limits::uri_bytes_max) {
     refuse("uris",
-           fmt::format("and vias must have at most {} bytes in all", limits::uri_bytes_max));
+           fmt::format("vias and tls must have at most {} bytes in all", limits::uri_bytes_max));
   }
 }
 
@@ -177,6 +178,8 @@ void read_field(MigrateRequest& request, std::string_view field, const json::val
     request.uris = read_texts(value, field);
   } else if (field == "vias") {
     request.vias = read_texts(value, field);
+  } else if (field == "tls") {
+    request.tls = tls_from_json(value);
   } else if (field == "connections") {
     request.connections = static_cast<unsigned>(read_number(value, field, 0, connections_max));
   } else if (field == "answer_timeout_ms") {
@@ -222,6 +225,7 @@ json::object migrate_to_json(const MigrateRequest& request) {
                  {"trust_target", options.trust_target}};
   o["uris"] = json::array(request.uris.begin(), request.uris.end());
   if (!request.vias.empty()) o["vias"] = json::array(request.vias.begin(), request.vias.end());
+  if (request.tls != transport::TlsOptions{}) o["tls"] = tls_to_json(request.tls);
   for (const TimeField& time : time_fields) {
     o[time.name] =
         std::chrono::duration_cast<std::chrono::milliseconds>(options.*time.member).count();

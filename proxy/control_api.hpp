@@ -2,7 +2,8 @@
 // which command, and what a migration's request looks like as JSON.
 //
 //   GET  /status                      the export's status (status_json.hpp)
-//   POST /migrate {"uris":[…], "vias":[…], …}   start a migration; several: paths to one export
+//   POST /migrate {"uris":[…], "vias":[…], "tls":{…}, …}   start a migration; several: paths to one
+//                                     export. tls_json.hpp says what "tls" holds
 //   POST /switch  {"action":"…"}      pivot release prepare seal commit-pivot commit-release abort
 //   POST /set     {"mode":"…", …}     change a running migration
 //   POST /pause /resume /cancel /verify /promote /unfence

@@ -209,6 +209,7 @@ void ExportImpl::on(mirror::OpenTarget&&) {
   config.known = engine_->status().serving == mirror::Serving::target;
   config.uris = config.known ? ownership_.uris : request_.uris;
   config.vias = config.known ? ownership_.vias : request_.vias;
+  config.tls = config.known ? ownership_.tls : request_.tls;
   config.connections = request_.connections;
   config.answer_timeout = request_.answer_timeout;
   config.connect_timeout = std::min(config.connect_timeout, config.answer_timeout);
@@ -258,6 +259,7 @@ void ExportImpl::on(mirror::WriteRecord&& a) {
     next.uris.push_back(path.uri);
     if (!path.via.empty()) next.vias.push_back(path.via);
   }
+  next.tls = request_.tls;
   next.peer = next.uris.empty() ? "" : next.uris.front();
   next.migration_id = migration_id_;
   next.incoming_peer = a.incoming;
@@ -449,6 +451,7 @@ void ExportImpl::unfence(CommandHandler done) {
   next.role = Role::owner;
   next.uris.clear();
   next.vias.clear();
+  next.tls = {};
   write_record(std::move(next), [this, done = std::move(done)](const std::string& error) {
     if (!error.empty()) {
       done(false, error);
@@ -489,6 +492,7 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
       transport::TargetConfig trial;
       trial.uris = request.uris;
       trial.vias = request.vias;
+      trial.tls = request.tls;
       (void)transport::Target::create(io_.get_executor(), std::move(trial), [](mirror::Event&&) {});
       if (!go_on) migration_id_ = new_migration_id(options_.disk);
     } catch (const std::exception& e) {

@@ -11,6 +11,7 @@
 
 #include "mirror/engine.hpp"
 #include "proxy/front.hpp"
+#include "transport/tls.hpp"
 
 namespace boost::asio {
 class io_context;
@@ -31,7 +32,8 @@ struct ExportOptions {
 struct MigrateRequest {
   std::vector<std::string> uris;  // paths to one export
   std::vector<std::string> vias;  // local addresses, as transport::TargetConfig's
-  unsigned connections = 0;       // per path; 0: chosen
+  transport::TlsOptions tls;
+  unsigned connections = 0;                            // per path; 0: chosen
   Duration answer_timeout = std::chrono::seconds(60);  // then a connection that hangs is given up
   mirror::MigrateOptions options;
 };

@@ -21,6 +21,7 @@
 
 #include "mirror/assert.hpp"
 #include "proxy/disk_probe.hpp"
+#include "proxy/tls_json.hpp"
 #include "proxy/unique_fd.hpp"
 
 namespace nbdferry::proxy {
@@ -54,6 +55,7 @@ std::optional<std::string> encode(const Ownership& o) {
       {"role", to_string(o.role)},
       {"uris", boost::json::array(o.uris.begin(), o.uris.end())},
       {"vias", boost::json::array(o.vias.begin(), o.vias.end())},
+      {"tls", tls_to_json(o.tls)},
       {"peer", o.peer},
       {"migration", o.migration_id},
       {"incoming_peer", o.incoming_peer},
@@ -85,6 +87,7 @@ std::optional<Ownership> decode(std::string_view slot) {
   if (const auto* list = json.if_contains("vias")) {
     for (const auto& via : list->as_array()) o.vias.emplace_back(via.as_string());
   }
+  if (const auto* tls = json.if_contains("tls")) o.tls = tls_from_json(*tls);
   o.peer = json.at("peer").as_string();
   o.migration_id = json.at("migration").as_string();
   if (const auto* v = json.if_contains("incoming_peer")) o.incoming_peer = v->as_bool();

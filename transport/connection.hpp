@@ -24,6 +24,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <boost/asio/any_io_executor.hpp>
@@ -54,6 +55,7 @@ struct Answer {
   Duration latency{};            // of small requests that were answered; else zero
 };
 
+class CertificateCheck;
 class Connection;
 
 // Told from the executor only, never from inside a member function of Connection.
@@ -116,14 +118,18 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::string start_handshake(int fd);
   bool add_private_contexts();
   void learn_offer();
+  std::string handshake_failed(std::string_view why) const;
   std::string why_dead() const;
+  bool doubts_certificate() const;
+  void ask_for_certificate();
 
   void on_readable();
   void on_writable();
-  bool readable_now();
+  bool is_now(short events);  // POLLIN or POLLOUT
   void wait_as_directed();
   void progress();
   void fail(const std::string& reason);
+  void let_go();
   void shut();
 
   Flight& take_flight(mirror::DiskOp&& op, std::uint64_t sequence);
@@ -137,7 +143,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   boost::asio::steady_timer timer_;
   boost::asio::posix::stream_descriptor watched_;
   std::shared_ptr<Dial> dial_;
+  std::shared_ptr<CertificateCheck> certificate_check_;  // the handshake has failed, and we ask why
   nbd_handle* handle_ = nullptr;
+  std::string tls_files_;  // their version before the handshake
   Stage stage_ = Stage::dialling;
   bool dead_ = false;  // libnbd's handle is finished; we have not said so yet
   bool hung_ = false;

@@ -634,7 +634,7 @@ class TargetOverLibnbd final : public Target {
 
 std::unique_ptr<Target> Target::create(boost::asio::any_io_executor executor, TargetConfig config,
                                        EventHandler on_event) {
-  auto endpoints = parse_paths(config.uris, config.vias);
+  auto endpoints = parse_paths(config.uris, config.vias, config.tls);
   return std::make_unique<TargetOverLibnbd>(std::make_shared<State>(
       std::move(executor), std::move(config), std::move(endpoints), std::move(on_event)));
 }

@@ -14,6 +14,7 @@
 #include <boost/asio/any_io_executor.hpp>
 
 #include "mirror/events.hpp"
+#include "transport/tls.hpp"
 
 namespace nbdferry::transport {
 
@@ -21,6 +22,7 @@ struct TargetConfig {
   std::vector<std::string> uris;  // paths to one export
   // Local addresses to connect from: none, one for each URI, or several for the one URI.
   std::vector<std::string> vias;
+  TlsOptions tls;
   bool known = false;             // all of these were proved to lead to the same export
   unsigned connections = 0;       // of each path; 0: chosen (with multi-conn 4 at first, else 1)
   std::uint64_t size_wanted = 0;  // refuse a smaller export
