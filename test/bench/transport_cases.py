@@ -10,6 +10,7 @@ results() at the end. A new one (over TLS, say) is a class here and a line in CA
  - wait: a guest's writes in mode sync, each mirrored, while 2 GiB are copied and when nothing is
 """
 import pathlib
+import signal
 import subprocess
 import threading
 import time
@@ -79,7 +80,8 @@ class Trial:
         if self.guest:
             self.guest.end()
         self.server.stop()
-        self.target.stop()
+        # What was cut off from it, it would wait for.
+        self.scratch.stop(self.target.process, signal.SIGKILL)
         ferry.same(self.guest.shadow if self.guest else self.disk, self.image, "the target")
 
     def text(self):
