@@ -122,8 +122,7 @@ bool Migration::dispatch_mirrored() {
                     entry.waiter,
                     entry.debt,
                     {},
-                    context_.now,
-                    bulk_window_.delivered()});
+                    bulk_window_.sends(context_.now, in_flight_.bytes())});
     map_->set_flag(op.range, ChunkFlag::written);
     resume_.send(op.range);
     context_.submit_target(std::move(op));
@@ -199,7 +198,7 @@ bool Migration::dispatch_copy(Turn turn) {
   op.payload = std::move(piece.payload);
   op.as_data = bytes != 0;
   in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false,
-                  piece.copy, context_.now, bulk_window_.delivered()});
+                  piece.copy, bulk_window_.sends(context_.now, in_flight_.bytes())});
   if (is_write(op.command)) {
     map_->set_flag(op.range, ChunkFlag::written);
     resume_.send(op.range);
@@ -239,8 +238,16 @@ std::optional<OpId> Migration::flush_target() {
   op.command = Command::flush;
   flush_op_ = op.id;
   unflushed_.begin();  // what is acknowledged from now on is not covered
-  in_flight_.add(
-      {op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, false, {}, context_.now});
+  in_flight_.add({op.id,
+                  OpKind::flush,
+                  Command::flush,
+                  {},
+                  0,
+                  0,
+                  std::nullopt,
+                  false,
+                  {},
+                  bulk_window_.sends(context_.now, in_flight_.bytes())});
   const OpId id = op.id;
   context_.submit_target(std::move(op));
   return id;
@@ -294,7 +301,7 @@ OpId Migration::send_proof(DiskOp op) {
                   std::nullopt,
                   false,
                   {},
-                  context_.now});
+                  bulk_window_.sends(context_.now, in_flight_.bytes())});
   if (is_write(op.command)) {
     if (!NBDFERRY_MUTANT(nonce_not_counted_as_written))
       map_->set_flag(op.range, ChunkFlag::written);
@@ -319,8 +326,8 @@ void Migration::target_done(TargetDone&& event) {
     if (wrote) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
-      if (op.window_bytes != 0 && op.kind != OpKind::proof) {
-        bulk_window_.answered(context_.now, op.sent_at, op.delivered, op.window_bytes);
+      if (op.window_bytes != 0) {
+        bulk_window_.answered(context_.now, op.sending, op.window_bytes);
       }
       if (info_.can_flush) unflushed_.written(*map_, op.range);
       if (NBDFERRY_MUTANT(resume_trusts_unflushed)) resume_.trust(op.range);

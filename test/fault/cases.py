@@ -249,6 +249,13 @@ LOSSES = [
          SLOWLY, killed(1.5, when_copying)),
     Case("nbdkit is killed in sync mode", servers.nbdkit, "recovers", "interrupted: the target was lost",
          SYNC, killed(1.5, when_in_sync)),
+    # What it had not flushed is gone (rule 7); a case in which nothing was has not fired.
+    Case("nbdkit loses what was not flushed", servers.volatile, "recovers", "interrupted: the target was lost",
+         SLOWLY, killed(0.2, when_copying)),
+    Case("nbdkit loses it when in sync", servers.volatile, "recovers", "interrupted: the target was lost",
+         {}, killed(0.2, when_in_sync)),
+    Case("nbdkit loses it twice, sync", servers.volatile, "recovers", "interrupted: the target was lost",
+         SYNC, killed(0.2, when_in_sync, twice=True)),
     Case("link down for 3 s", servers.far_away, "recovers", "has not answered", SLOWLY,
          link_down(3, when_copying), needs_root=True),
     Case("link down for 3 s, sync", servers.far_away, "recovers", "has not answered",

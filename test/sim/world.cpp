@@ -4,6 +4,7 @@
 
 #include "mirror/journal.hpp"
 #include "mirror/resume_map.hpp"
+#include "mirror/token_bucket.hpp"
 
 namespace nbdferry::sim {
 
@@ -266,7 +267,8 @@ void World::set(Set&& event) {
 void World::act(SubmitTarget& a) {
   if (bandwidth_ != 0 && serving_ == Serving::source && a.op.command == Command::write) {
     // One operation may overdraw it; and there is a little for bursts.
-    const double seconds = std::chrono::duration<double>(now_ - limited_since_).count() + 0.021;
+    const double seconds = std::chrono::duration<double>(now_ - limited_since_).count() +
+                           TokenBucket::burst_seconds + 0.001;
     require(static_cast<double>(sent_since_) <= static_cast<double>(bandwidth_) * seconds,
             "{} bytes sent in {} s, at a limit of {} bytes/s", sent_since_, seconds, bandwidth_);
     sent_since_ += a.op.payload.size();
