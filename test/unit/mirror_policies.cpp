@@ -195,6 +195,19 @@ TEST_CASE(
   CHECK(window.bytes_per_second() < 15e6);
 }
 
+TEST_CASE(
+    "bulk: a path whose own delay grows is filled again, and a queue is not taken for delay") {
+  BulkWindow window(1024 * 1024);
+  Path path{window, 125e6, milliseconds(2)};
+  path.fill(seconds(60));
+  CHECK(window.fastest() < milliseconds(5));
+  CHECK(window.bytes() < 125e6 * 0.015 * 1.1);
+  path.delay = milliseconds(60);
+  path.fill(seconds(20));
+  CHECK(window.bytes() > 125e6 * 0.06);
+  CHECK(window.bytes() < 125e6 * 0.08 * 1.1);
+}
+
 TEST_CASE("heat: a place that is written much more than the rest, until it cools") {
   constexpr std::uint64_t mib = 1024 * 1024;
   HeatMap heat(1024 * mib, mib);
