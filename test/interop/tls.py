@@ -239,7 +239,7 @@ def refused(scratch):
     fails(plain, because="TLS needs credentials")
     fails(plain, "--tls-certificates", "/nowhere", because="cannot read '/nowhere/ca-cert.pem'")
     asked = pathlib.Path(requests).read_text()
-    check("Connect" in asked and "Write" not in asked and "Zero" not in asked, asked)
+    check("Preconnect" in asked and "Write" not in asked and "Zero" not in asked, asked)
 
     # The guest's word, once given, is kept.
     disk.ok("migrate", *with_ours, "--tls-verify-peer", "off", "--switch", "release", "--wait",
