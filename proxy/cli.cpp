@@ -200,6 +200,25 @@ void define_tls(CLI::App& app, transport::TlsOptions& tls) {
                    {{"on", true}, {"off", false}}, [&tls](bool on) { tls.verify_peer = on; });
 }
 
+void define_timeouts(CLI::App& app, MigrateRequest& request) {
+  add_time(app, "--sync-timeout", "A sync write waits this long for the target (default: 1s)",
+           request.options.sync_timeout);
+  add_time(app, "--prepare-timeout", "Prepared lasts this long without a seal (default: 60s)",
+           request.options.prepare_timeout);
+  add_time(app, "--quarantine",
+           "A lost connection's unanswered writes may still be applied for "
+           "this long (default: 60s)",
+           request.options.quarantine);
+  add_time(app, "--answer-timeout",
+           "A connection on which the target answers nothing for this long is given up and made "
+           "anew (default: 60s)",
+           request.answer_timeout);
+  add_time(app, "--reconnect-delay",
+           "After a pivot: how long I/O waits for a lost target "
+           "(default: 30s)",
+           request.options.reconnect_delay);
+}
+
 void define_migrate(CLI::App& root, Parsed& parsed) {
   MigrateCommand& migrate = parsed.migrate;
   mirror::MigrateOptions& options = migrate.request.options;
@@ -256,22 +275,7 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
   app.add_flag("--wait", migrate.wait,
                "Show progress until in sync, or switched where --switch asks for it. "
                "Interrupting the wait does not stop the migration");
-  add_time(app, "--sync-timeout", "A sync write waits this long for the target (default: 1s)",
-           options.sync_timeout);
-  add_time(app, "--prepare-timeout", "Prepared lasts this long without a seal (default: 60s)",
-           options.prepare_timeout);
-  add_time(app, "--quarantine",
-           "A lost connection's unanswered writes may still be applied for "
-           "this long (default: 60s)",
-           options.quarantine);
-  add_time(app, "--answer-timeout",
-           "A connection on which the target answers nothing for this long is given up and made "
-           "anew (default: 60s)",
-           migrate.request.answer_timeout);
-  add_time(app, "--reconnect-delay",
-           "After a pivot: how long I/O waits for a lost target "
-           "(default: 30s)",
-           options.reconnect_delay);
+  define_timeouts(app, migrate.request);
   app.add_flag("--verify", options.verify,
                "Compare both sides once in sync; no switchover before they are found alike");
   app.add_flag("--trust-target", options.trust_target,
