@@ -147,11 +147,12 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   Duration delay_;  // before the next attempt
   std::minstd_rand jitter_;
   std::string failure_;
-  bool doubts_ = false;              // some ready connection isn't certain
-  bool leaves_ = false;              // the server says that it is shutting down
-  Clock::time_point answered_at_{};  // the last answer, on any connection; or when there were none to come
+  bool doubts_ = false;  // some ready connection isn't certain
+  bool leaves_ = false;  // the server says that it is shutting down
+  Clock::time_point
+      answered_at_{};  // the last answer, on any connection; or when there were none to come
   Clock::time_point heard_at_{};
-  std::vector<Answer> answers_;      // scratch
+  std::vector<Answer> answers_;  // scratch
 
   RateGauge gauge_;
   ConnectionGrowth growth_{1, 1};

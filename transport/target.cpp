@@ -416,7 +416,8 @@ bool State::silent(const Path& path) const {
     if (waits && (!alone || now - flush.answered_at < config_.path_silence)) return false;
   }
   return std::any_of(paths_.begin(), paths_.end(), [&](const auto& other) {
-    return other.get() != &path && other->certain() && now - other->heard_at() < config_.path_silence / 2;
+    return other.get() != &path && other->certain() &&
+           now - other->heard_at() < config_.path_silence / 2;
   });
 }
 

@@ -217,9 +217,7 @@ TEST_CASE("verify: a difference holds up a switchover after a restart, too, unti
 // It may be another one, which reads the same, and has not flushed it.
 TEST_CASE("after a restart a target that can't prove itself has to flush what it holds") {
   World world;
-  {
-    Life life(world, false, summing());
-  }
+  { Life life(world, false, summing()); }
   bool proven = false;
   SUBCASE("it can't") {}
   SUBCASE("it can") { proven = true; }

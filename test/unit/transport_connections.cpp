@@ -1,8 +1,9 @@
 // How many connections a path gets: chosen by what they bring, within what the server takes.
+#include "transport_harness.hpp"
+
 #include <doctest/doctest.h>
 
 #include "transport/connection_growth.hpp"
-#include "transport_harness.hpp"
 
 using namespace nbdferry;
 using namespace nbdferry::test;
@@ -31,7 +32,8 @@ struct Slow {
             [&] {
               std::vector<std::string> command = {"nbdkit", "-f"};
               command.insert(command.end(), filters.begin(), filters.end());
-              command.insert(command.end(), {"--filter=rate", "memory", "8M", "connection-rate=16M"});
+              command.insert(command.end(),
+                             {"--filter=rate", "memory", "8M", "connection-rate=16M"});
               command.insert(command.end(), arguments.begin(), arguments.end());
               return command;
             }(),
