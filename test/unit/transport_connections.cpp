@@ -5,13 +5,11 @@
 
 #include "transport/connection_growth.hpp"
 
-using namespace nbdferry;
-using namespace nbdferry::test;
+namespace nbdferry::test {
+
 using transport::ConnectionGrowth;
 
 namespace {
-
-constexpr std::uint64_t mib = 1024 * 1024;
 
 auto now = ConnectionGrowth::Clock::time_point{} + 1h;
 
@@ -102,3 +100,5 @@ TEST_CASE("a server that takes no more connections keeps those that it took") {
   CHECK(slow.d.state(0) == "up");
   CHECK(slow.d.count("lost") == 0);
 }
+
+}  // namespace nbdferry::test
