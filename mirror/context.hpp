@@ -20,6 +20,7 @@ enum class OpKind : std::uint8_t {
   verify,    // the verifier's reads, on either side
   flush,     // of the target
   replay,    // pivoted: retained writes again
+  proof,     // of a path: a nonce is written, and read through it
 };
 
 struct Context {

@@ -42,6 +42,12 @@ void Copier::start_copies() {
 }
 
 std::optional<ByteRange> Copier::readable_part(ByteRange run) {
+  // A path is being proved there.
+  const ByteRange reserved = m_.proof().reserved();
+  if (reserved.overlaps(run) && !NBDFERRY_MUTANT(nonce_block_is_armed)) {
+    if (reserved.begin <= run.begin) return std::nullopt;
+    run.end = reserved.begin;
+  }
   // Leave out what could not be read, until it is time to try again.
   const bool skip =
       m_.options().skip_unreadable && m_.switchover().state() != Switchover::State::none;

@@ -136,6 +136,27 @@ class EngineState {
     if (orphan_state_) keep(*std::exchange(orphan_state_, std::nullopt));
     if (queued_start_) start(*std::exchange(queued_start_, std::nullopt));
   }
+  void on(PathFound&& event) {
+    if (pivoted_) {
+      pivoted_->path_found(event);
+    } else if (migration_) {
+      migration_->path_found(event);
+    }
+  }
+  void on(PathLost&& event) {
+    if (pivoted_) {
+      pivoted_->path_lost(event);
+    } else if (migration_) {
+      migration_->path_lost(event);
+    }
+  }
+  void on(PathRefused&& event) {
+    if (pivoted_) {
+      pivoted_->path_refused(event.reason);
+    } else if (migration_) {
+      migration_->path_refused(event.reason);
+    }
+  }
   void on(RecordWritten&& event);
   void on(Tick&&);
 
@@ -401,6 +422,7 @@ void EngineState::switched_over() {
                                          migration_->options(), info, migration_->window());
     if (!migration_->link_up()) pivoted_->target_lost("during the commit");
     if (const auto& why = migration_->refused()) pivoted_->target_refused(*why);
+    for (const auto& path : migration_->proof().waiting()) pivoted_->path_found(path);
     migration_->verifier().stop("switched over");
     context_.notice("switched over: the target serves from now on");
   } else {

@@ -14,9 +14,12 @@
 //    operations in flight on the target (ranges widened to the sides' alignments).
 //  - A target FLUSH is to be sent at once; it covers what was answered before its submission, on
 //    every living path that wrote.
+//  - A server that answers with IoError::shutdown is let go: its path is lost.
+//  - Until UsePath only an operation that names a path (DiskOp::path) is sent there.
 //  - Every GuestRequest is answered by exactly one Reply.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -112,6 +115,7 @@ struct DiskOp {
   bool may_hole = true;    // zero: deallocation allowed
   bool fast_only = false;  // zero: fail with not_supported rather than write zeroes slowly
   bool as_data = false;    // zero, on the target: as a write of zeroes
+  PathId path{};           // read, on the target: by this path; lost if that is there no more
 };
 
 // --- events ---
@@ -154,6 +158,23 @@ struct TargetUp {
 struct TargetWindow {
   std::uint32_t window_ops = 64;
   std::uint64_t window_bytes = 8ULL * 1024 * 1024;
+};
+// Another path: does it lead to the same export? Answered by UsePath, RefusePath or LeavePath, while it is
+// there: a loss of the target takes it back, and so does a read by it that is lost. Found again, it is another
+// one.
+struct PathFound {
+  PathId path{};
+  std::array<std::byte, 32> nonce{};  // random: nobody ever wrote it
+  bool known = false;                 // it was in use before
+};
+// No connection of a path is left, while other paths live. Comes after the lost answers.
+struct PathLost {
+  std::string reason;
+  bool unflushed = false;  // it wrote since the last good flush, and that may be gone
+};
+// A path is not used, nor tried again: why, and what to do about it.
+struct PathRefused {
+  std::string reason;
 };
 // No connection is left: the server may have restarted. The edge goes on trying by itself, until
 // CloseTarget, and answers with TargetUp.
@@ -254,10 +275,11 @@ struct Set {
   std::optional<Duration> deadline;  // from now on; zero: none
 };
 
-using Event = std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
-                           TargetRefused, TargetClosed, RecordWritten, Tick, Start, KeepState,
-                           KeepJournal, ServeTarget, Suspend, Pause, Resume, Cancel, Verify,
-                           Prepare, Seal, Commit, Switch, Abort, Unfence, Set>;
+using Event =
+    std::variant<GuestRequest, SourceDone, TargetDone, TargetUp, TargetWindow, TargetLost,
+                 TargetRefused, TargetClosed, PathFound, PathLost, PathRefused, RecordWritten, Tick,
+                 Start, KeepState, KeepJournal, ServeTarget, Suspend, Pause, Resume, Cancel, Verify,
+                 Prepare, Seal, Commit, Switch, Abort, Unfence, Set>;
 
 // --- actions ---
 
@@ -279,6 +301,18 @@ struct Reply {
 struct OpenTarget {};  // answered by TargetUp or TargetRefused
 struct CloseTarget {
 };  // answered by TargetClosed; lets go of every connection (rule 8: with a reset)
+
+struct UsePath {
+  PathId path{};
+};
+struct RefusePath {
+  PathId path{};
+  std::string reason;
+};
+// Not now: what is in flight on it is answered (lost) at once. It is found again later.
+struct LeavePath {
+  PathId path{};
+};
 
 // Make the ownership record say this, durably, in one synchronous write; answered by RecordWritten.
 struct WriteRecord {
@@ -305,8 +339,8 @@ struct Notice {
   std::string text;
 };
 
-using Action = std::variant<SubmitSource, SubmitTarget, Reply, OpenTarget, CloseTarget, WriteRecord,
-                            Ended, LetGo, CommandDone, Notice>;
+using Action = std::variant<SubmitSource, SubmitTarget, Reply, OpenTarget, CloseTarget, UsePath,
+                            RefusePath, LeavePath, WriteRecord, Ended, LetGo, CommandDone, Notice>;
 using Actions = std::vector<Action>;
 
 }  // namespace nbdferry::mirror

@@ -32,6 +32,7 @@ Migration::Migration(Context& context, GuestOps& guests, Suspects& suspects, Res
       copier_(*this),
       verifier_(*this),
       switchover_(*this),
+      proof_(*this),
       bulk_window_(context.config.limits.bulk_bytes_min),
       read_share_(context.config.limits.copy_bytes, context.config.limits.copy_window_bytes),
       start_command_(start.command),
@@ -124,12 +125,33 @@ void Migration::target_lost(const std::string& reason) {
   report_error(what);
   switchover_.give_up(what);
   verifier_.stop("the target was lost");
+  proof_.forget();
   // No connection is left that is older than the loss: the server may have restarted (rule 7).
   mark_unflushed_stale("the target was lost");
   Ranges queued;
   queue_.for_each([&](const MirrorEntry& e) { queued.push_back(blocks_of(e.range)); });
   for (const auto& r : queued) mark_stale(r, "the target was lost");
   for (const auto& r : copier_.live()) mark_stale(r, "the target was lost");
+}
+
+// The others go on. Whether it led to a server of its own is not known (rule 7).
+void Migration::path_lost(const PathLost& event) {
+  if (!link_up_) return;
+  if (!ended_) report_error("a path to the target was lost: " + event.reason);
+  // After the end, too: the last flush says nothing of what it had.
+  if (!event.unflushed || NBDFERRY_MUTANT(path_loss_keeps_unflushed)) return;
+  proof_.restart();
+  mark_unflushed_stale("a path to the target was lost");
+  mark_writes_stale("a path to the target was lost");
+}
+
+// What is in flight may be in the server's cache by now, and be among what it gives up.
+void Migration::mark_writes_stale(const char* why) {
+  Ranges writes;
+  in_flight_.for_each([&](const TargetOp& o) {
+    if (is_write(o.command)) writes.push_back(blocks_of(o.range));
+  });
+  for (const auto& r : writes) mark_stale(r, why);
 }
 
 void Migration::mark_unflushed_stale(const char* why) {
@@ -161,6 +183,7 @@ void Migration::end(Phase phase, const std::string& reason) {
   if (ended_) return;
   switchover_.give_up(reason.empty() ? "the migration has ended" : reason);
   verifier_.stop("the migration has ended");
+  proof_.forget();
   ended_ = phase;
   ended_at_ = context_.now;
   if (!reason.empty()) {
@@ -410,6 +433,7 @@ void Migration::pump() {
     if (mirroring() && !holds_writes() && context_.now >= retry_at_) copier_.start_copies();
     // Flushes first: writes would take each place in the window as it becomes free.
     maybe_flush();
+    proof_.advance();
     switchover_.advance();
     dispatch();
     verifier_.finish_if_done();
@@ -546,6 +570,8 @@ void Migration::check_invariants() const {
     NBDFERRY_ASSERT(!map_->any(map_->covering(e.range), BlockState::stale),
                     "data is queued for a stale block");
   });
+  NBDFERRY_ASSERT(map_->all(proof_.reserved(), BlockState::stale),
+                  "the block of a path's proof is not stale");
   if (ended_) return;  // answers that come after the end no longer change the map
   suspects_.for_each([&](ByteRange r) {
     NBDFERRY_ASSERT(map_->all(map_->covering(r), BlockState::stale),

@@ -7,7 +7,7 @@
 //
 // Files: migration.cpp (life cycle, phases), migration_guest.cpp (guest writes: classify, mirror),
 // migration_target.cpp (what goes to the target, and its answers), migration_trust.cpp (what it is
-// believed to hold), copier, verifier, switchover.
+// believed to hold), copier, verifier, switchover, path_proof.
 #pragma once
 
 #include <memory>
@@ -26,6 +26,7 @@
 #include "mirror/mirror_queue.hpp"
 #include "mirror/mode_policy.hpp"
 #include "mirror/pacer.hpp"
+#include "mirror/path_proof.hpp"
 #include "mirror/rate_meter.hpp"
 #include "mirror/read_share.hpp"
 #include "mirror/resume_map.hpp"
@@ -48,6 +49,13 @@ class Migration {
   void target_lost(const std::string& reason);
   void target_refused(const std::string& reason);
   void target_closed();
+  void path_found(const PathFound& event) {
+    if (!ended_) proof_.found(event);
+  }
+  void path_lost(const PathLost& event);
+  void path_refused(const std::string& reason) {
+    if (!ended_) report_error(reason);
+  }
   void source_done(SourceDone&& event);  // kinds readback, copy, hint, verify
   void target_done(TargetDone&& event);
   void tick();
@@ -83,6 +91,7 @@ class Migration {
   void set(const Set& event);
   [[nodiscard]] Switchover& switchover() { return switchover_; }
   [[nodiscard]] Verifier& verifier() { return verifier_; }
+  [[nodiscard]] PathProof& proof() { return proof_; }
 
   // --- state ---
   [[nodiscard]] Phase phase() const;
@@ -137,6 +146,16 @@ class Migration {
   std::optional<OpId> flush_target();
   void end(Phase phase, const std::string& reason);
   void switch_manually() { options_.switch_when = SwitchWhen::manual; }
+  // May something be written that nobody asked for?
+  [[nodiscard]] bool may_prove() const {
+    return mirroring() && switchover_.state() == Switchover::State::none;
+  }
+  // A proof's write or read of one block.
+  [[nodiscard]] bool has_room_for_proof() const {
+    return in_flight_.has_room(block_size()) && bandwidth_.may_send() && context_.now >= retry_at_;
+  }
+  OpId send_proof(DiskOp op);
+  void poke_copier() { copier_.poke(); }
   // For the log and the status.
   void report_error(const std::string& what) {
     last_error_ = what;
@@ -193,6 +212,7 @@ class Migration {
   void try_to_start();
   void end_guest_waits();
   void mark_unflushed_stale(const char* why);
+  void mark_writes_stale(const char* why);
   void expire_suspects();
   void expire_sync_waits();
   void fall_back();
@@ -266,6 +286,7 @@ class Migration {
   Copier copier_;
   Verifier verifier_;
   Switchover switchover_;
+  PathProof proof_;
   std::unordered_map<OpId, ReadBack> read_backs_;
   RateMeter rate_;
   RateMeter copy_rate_;  // the copier's part of it

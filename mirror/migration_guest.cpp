@@ -72,6 +72,7 @@ void Migration::overwrite_stale(GuestOp& op) {
   });
   for (const auto& r : stale) {
     if (suspects_.any(r) && !NBDFERRY_MUTANT(overwrite_suspects)) continue;
+    if (proof_.reserves(r) && !NBDFERRY_MUTANT(overwrite_takes_nonce_block)) continue;
     map_->set(r, BlockState::synced);
     op.overwrites = true;
     ++context_.counters.overwritten;

@@ -122,8 +122,7 @@ bool Migration::dispatch_mirrored() {
                     entry.waiter,
                     entry.debt,
                     {},
-                    context_.now,
-                    bulk_window_.delivered()});
+                    bulk_window_.sends(context_.now, in_flight_.bytes())});
     map_->set_flag(op.range, ChunkFlag::written);
     resume_.send(op.range);
     context_.submit_target(std::move(op));
@@ -199,7 +198,7 @@ bool Migration::dispatch_copy(Turn turn) {
   op.payload = std::move(piece.payload);
   op.as_data = bytes != 0;
   in_flight_.add({op.id, OpKind::copy, op.command, op.range, bytes, 0, std::nullopt, false,
-                  piece.copy, context_.now, bulk_window_.delivered()});
+                  piece.copy, bulk_window_.sends(context_.now, in_flight_.bytes())});
   if (is_write(op.command)) {
     map_->set_flag(op.range, ChunkFlag::written);
     resume_.send(op.range);
@@ -239,8 +238,16 @@ std::optional<OpId> Migration::flush_target() {
   op.command = Command::flush;
   flush_op_ = op.id;
   unflushed_.begin();  // what is acknowledged from now on is not covered
-  in_flight_.add(
-      {op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, false, {}, context_.now});
+  in_flight_.add({op.id,
+                  OpKind::flush,
+                  Command::flush,
+                  {},
+                  0,
+                  0,
+                  std::nullopt,
+                  false,
+                  {},
+                  bulk_window_.sends(context_.now, in_flight_.bytes())});
   const OpId id = op.id;
   context_.submit_target(std::move(op));
   return id;
@@ -274,16 +281,36 @@ void Migration::flush_done(const TargetOp& op, IoError error) {
       (void)unflushed_.failed(*map_);
     } else {
       for (const auto& r : unflushed_.failed(*map_)) mark_stale(r, "a flush of the target failed");
-      // What is in flight may be in the server's cache by now, and be among what it gave up.
-      Ranges in_flight;
-      in_flight_.for_each([&](const TargetOp& o) {
-        if (is_write(o.command)) in_flight.push_back(blocks_of(o.range));
-      });
-      for (const auto& r : in_flight) mark_stale(r, "a flush of the target failed");
+      mark_writes_stale("a flush of the target failed");
     }
     if (error != IoError::lost) target_failed(op, error);
   }
   switchover_.flushed(op.id, good);
+  proof_.flushed(op.id, good);
+}
+
+OpId Migration::send_proof(DiskOp op) {
+  const std::uint64_t bytes = op.range.length();
+  op.id = context_.new_op(OpKind::proof);
+  in_flight_.add({op.id,
+                  OpKind::proof,
+                  op.command,
+                  op.range,
+                  bytes,
+                  0,
+                  std::nullopt,
+                  false,
+                  {},
+                  bulk_window_.sends(context_.now, in_flight_.bytes())});
+  if (is_write(op.command)) {
+    if (!NBDFERRY_MUTANT(nonce_not_counted_as_written))
+      map_->set_flag(op.range, ChunkFlag::written);
+    if (!NBDFERRY_MUTANT(nonce_not_counted_as_sent)) resume_.send(op.range);
+  }
+  const OpId id = op.id;
+  context_.submit_target(std::move(op));
+  bandwidth_.sent(bytes);
+  return id;
 }
 
 void Migration::target_done(TargetDone&& event) {
@@ -300,7 +327,7 @@ void Migration::target_done(TargetDone&& event) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
       if (op.window_bytes != 0) {
-        bulk_window_.answered(context_.now, op.sent_at, op.delivered, op.window_bytes);
+        bulk_window_.answered(context_.now, op.sending, op.window_bytes);
       }
       if (info_.can_flush) unflushed_.written(*map_, op.range);
       if (NBDFERRY_MUTANT(resume_trusts_unflushed)) resume_.trust(op.range);
@@ -334,6 +361,9 @@ void Migration::target_done(TargetDone&& event) {
     case OpKind::verify:
       verifier_.target_done(op, std::move(event));
       break;
+    case OpKind::proof:
+      proof_.target_done(op, event);
+      break;
     default:
       NBDFERRY_ASSERT(false, "an answer of an unknown kind");
   }
@@ -355,6 +385,8 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
   const std::string what = "the target failed to " + std::string(to_string(op.command)) + ": " +
                            std::string(to_string(error));
   last_error_ = what;
+  // Its server is let go, and the next one awaited. All that was in flight may be answered so: once counts.
+  if (error == IoError::shutdown && context_.now < retry_at_) return;
   const bool hopeless = error == IoError::no_space || error == IoError::not_permitted;
   if (op.command == Command::zero && op.window_bytes == 0 && !hopeless) {
     zero_failed(error);

@@ -23,6 +23,11 @@ void Migration::adopt() {
   resumed_bytes_ = map_->size() - map_->stale_bytes();
   unproven_ = resumed_bytes_ != 0 && !info_.proven;
   sampled_ = !unproven_;
+  // It may be another one, which says the same, and has not flushed it: what reads well is not all.
+  if (unproven_ && info_.can_flush) {
+    unflushed_.found(*map_, {0, map_->size()});
+    flushed_at_ = context_.now - context_.config.limits.flush_period;
+  }
   adopt_verification();
   context_.notice("resumed: the target holds " + std::to_string(resumed_bytes_) + " bytes, " +
                   std::to_string(map_->stale_bytes()) + " are to be copied");

@@ -251,10 +251,6 @@ void Pivoted::target_done(TargetDone&& event) {
     default:
       NBDFERRY_ASSERT(false, "an answer of an unknown kind");
   }
-  if (leaving && link_up_) {
-    target_lost("its server is shutting down");
-    context_.out->emplace_back(CloseTarget{});  // opened again when that is done
-  }
 }
 
 // A target that says it can zero, and fails to: it gets data from now on.
@@ -393,25 +389,53 @@ void Pivoted::flush_done(const TargetOp& op, IoError error) {
     release(cut);
   } else {
     if (error != IoError::lost && std::exchange(flush_wanted_, false)) loss_unreported_ = true;
-    // Something was not written, perhaps, and another flush would not say so: write it again, and
-    // what is in flight, too, for the server may have it already.
-    in_flight_.for_each([&](const TargetOp& o) {
-      if (o.kind == OpKind::guest && is_write(o.command)) requests_.at(o.parent).again = true;
-    });
-    start_replay(true);
+    write_all_again();  // another flush would not say that it was not written
   }
   if (error == IoError::lost) {
     if (guest) pending_.push_front(*guest);
     return;
   }
-  if (guest && error == IoError::none && (replays_left_ != 0 || failed_ != 0)) {
-    pending_.push_front(*guest);  // what is being written again may stand on the medium half done
+  const bool again = replays_left_ != 0 || failed_ != 0 || replayed_ > cut;
+  if (guest && error == IoError::none && again) {
+    pending_.push_front(*guest);  // what is written again may stand on the medium half done
     return;
   }
   if (guest) complete(*guest, error);
 }
 
 // --- loss and replay ---
+
+// Something was not written, perhaps. What is in flight, too, for the server may have it already.
+void Pivoted::write_all_again() {
+  in_flight_.for_each([&](const TargetOp& o) {
+    if (o.kind == OpKind::guest && is_write(o.command)) requests_.at(o.parent).again = true;
+  });
+  start_replay(true);
+}
+
+// No block is to spare for a proof: the guest's data is there. One that was proved before is the one that
+// it was as far as a target is that comes back.
+void Pivoted::path_found(const PathFound& event) {
+  if (!link_up_) return;
+  if (event.known && !NBDFERRY_MUTANT(pivot_forgets_paths)) {
+    context_.out->emplace_back(UsePath{event.path});
+  } else {
+    context_.out->emplace_back(RefusePath{
+        event.path, "after a pivot it can't be proved that it leads to the same export"});
+  }
+}
+
+void Pivoted::path_lost(const PathLost& event) {
+  if (!link_up_) return;
+  last_error_ = "a path to the target was lost: " + event.reason;
+  context_.notice(last_error_);
+  if (event.unflushed && !NBDFERRY_MUTANT(pivot_path_loss_keeps_unflushed)) write_all_again();
+}
+
+void Pivoted::path_refused(const std::string& reason) {
+  last_error_ = reason;
+  context_.notice(reason);
+}
 
 void Pivoted::target_lost(const std::string& reason) {
   link_up_ = false;
@@ -548,7 +572,7 @@ void Pivoted::replay_done(const TargetOp& op, IoError error) {
   --replays_left_;
   it->replaying = false;
   if (error == IoError::none && std::exchange(it->failed, false)) --failed_;
-  it->number = ++acknowledged_;  // only a flush that is submitted from now on covers it
+  it->number = replayed_ = ++acknowledged_;  // only a flush that is submitted from now on covers it
   if (error != IoError::none) {
     (void)zeroes_as_data(op);
     if (!it->failed) ++failed_;

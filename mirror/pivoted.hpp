@@ -41,6 +41,9 @@ class Pivoted {
   // It will not be tried again by itself: ask for it.
   void target_closed();
   void target_refused(const std::string& reason);
+  void path_found(const PathFound& event);
+  void path_lost(const PathLost& event);
+  void path_refused(const std::string& reason);
   void target_done(TargetDone&& event);
   void tick();
   void pump();
@@ -103,6 +106,7 @@ class Pivoted {
   void flush_done(const TargetOp& op, IoError error);
   void replay_done(const TargetOp& op, IoError error);
   void start_replay(bool all);
+  void write_all_again();
   void seek_replay();
   void pump_replay();
   void fail_pending();
@@ -129,6 +133,7 @@ class Pivoted {
   std::uint64_t retained_bytes_ = 0;
   std::uint64_t slots_reserved_ = 0;  // of the journal, for writes in flight
   std::uint64_t acknowledged_ = 0;    // number of the last retained write
+  std::uint64_t replayed_ = 0;        // and of the last one that was replayed
   std::uint64_t flushed_up_to_ = 0;   // the last one that a good flush covers
   std::size_t replays_left_ = 0;
   std::size_t failed_ = 0;  // retained writes that could not be replayed: the next flush says so

@@ -9,6 +9,7 @@
 #include <optional>
 #include <unordered_map>
 
+#include "mirror/bulk_window.hpp"
 #include "mirror/context.hpp"
 
 namespace nbdferry::mirror {
@@ -23,8 +24,7 @@ struct TargetOp {
   std::optional<OpId> waiter;      // mirrored: the guest write that waits for it
   bool debt = false;               // mirrored: stands for bytes that the guest was told are written
   OpId parent{};                   // copy: the copy operation; guest: the guest's request
-  Time sent_at{0};
-  std::uint64_t delivered = 0;  // to the target by then, in all: BulkWindow
+  BulkWindow::Sending sending;
 };
 
 class TargetOps {
@@ -63,7 +63,7 @@ class TargetOps {
   // So long nothing has been answered, though it was asked; `answered`: when something was, last.
   [[nodiscard]] Duration silence(Time now, Time answered) const {
     Time asked = now;
-    for (const auto& [id, op] : ops_) asked = std::min(asked, op.sent_at);
+    for (const auto& [id, op] : ops_) asked = std::min(asked, op.sending.at);
     return now - std::max(asked, answered);
   }
 

@@ -12,6 +12,9 @@ namespace nbdferry::mirror {
 
 class TokenBucket {
  public:
+  // What a late wake-up may catch up with; of a window of 5 s it is 2 %.
+  static constexpr double burst_seconds = 0.1;
+
   // Bytes a second; 0: without limit.
   void set_rate(std::uint64_t rate) {
     rate_ = static_cast<double>(rate);
@@ -32,7 +35,6 @@ class TokenBucket {
   }
 
  private:
-  static constexpr double burst_seconds = 0.02;
   [[nodiscard]] double burst() const { return rate_ * burst_seconds; }
   double rate_ = 0;
   double tokens_ = 0;

@@ -19,6 +19,8 @@ enum class RequestId : std::uint64_t {
 };                                   // a guest's request, chosen by the edge, unique while open
 enum class OpId : std::uint64_t {};  // a disk operation of the core, never reused
 enum class CommandId : std::uint64_t {};  // an operator's command, chosen by the edge
+// A way to the target that was found, chosen by the edge, never reused; PathId{} is none in particular.
+enum class PathId : std::uint64_t {};
 
 inline constexpr std::uint64_t block_size_min = 4096;  // leaf of the map
 inline constexpr std::uint64_t chunk_size = 65536;     // upper level of the map

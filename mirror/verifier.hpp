@@ -47,6 +47,8 @@ class Verifier {
   void target_done(const TargetOp& op, TargetDone&& event);
   void finish_if_done();
   void tick();
+  // Does the target hold `range`, and is nothing about to change that?
+  [[nodiscard]] bool quiet(ByteRange range);
 
  private:
   enum class Purpose : std::uint8_t { none, whole, samples };
@@ -76,7 +78,6 @@ class Verifier {
   [[nodiscard]] bool has_room() const;
   [[nodiscard]] std::optional<Job> next_job();
   void start_on_both(const Job& job, Command command);
-  [[nodiscard]] bool quiet(ByteRange range);
   void again(Job job);
   [[nodiscard]] bool left_out(ByteRange range, bool unreadable);
   void compare(Comparison& c);

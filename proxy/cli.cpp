@@ -2,6 +2,7 @@
 #include "proxy/cli.hpp"
 
 #include <algorithm>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <sstream>
@@ -164,17 +165,80 @@ CLI::App& define_client(CLI::App& root, Parsed& parsed, const std::string& name,
   return app;
 }
 
+// The serving process reads the files, and perhaps after a restart.
+void add_path(CLI::App& app, const std::string& name, const std::string& type,
+              const std::string& help, std::string& target) {
+  app.add_option_function<std::string>(
+         name,
+         [name, &target](const std::string& text) {
+           if (text.empty()) throw CLI::ValidationError(name, "is empty");
+           target = std::filesystem::absolute(text).lexically_normal().string();
+         },
+         help)
+      ->type_name(type);
+}
+
+void define_tls(CLI::App& app, transport::TlsOptions& tls) {
+  using transport::TlsUse;
+  add_choice<TlsUse>(
+      app, "--tls",
+      "on: as the URIs say, nbds being TLS or nothing (the default); require: refuse the others; "
+      "off: refuse nbds",
+      {{"off", TlsUse::off}, {"on", TlsUse::on}, {"require", TlsUse::require}},
+      [&tls](TlsUse use) { tls.use = use; });
+  add_path(app, "--tls-certificates", "DIR",
+           "Folder with ca-cert.pem, whose owner signed the target's certificate, and, if the "
+           "target asks for ours, client-cert.pem and client-key.pem",
+           tls.certificates);
+  add_path(app, "--tls-psk", "FILE",
+           "Keys shared with the target instead, lines of USER:HEX; nbds://USER@HOST says which, "
+           "where there are several",
+           tls.psk_file);
+  add_choice<bool>(app, "--tls-verify-peer",
+                   "off: take any certificate: no eavesdropper, but anybody could be the target "
+                   "(default: on)",
+                   {{"on", true}, {"off", false}}, [&tls](bool on) { tls.verify_peer = on; });
+}
+
+void define_timeouts(CLI::App& app, MigrateRequest& request) {
+  add_time(app, "--sync-timeout", "A sync write waits this long for the target (default: 1s)",
+           request.options.sync_timeout);
+  add_time(app, "--prepare-timeout", "Prepared lasts this long without a seal (default: 60s)",
+           request.options.prepare_timeout);
+  add_time(app, "--quarantine",
+           "A lost connection's unanswered writes may still be applied for "
+           "this long (default: 60s)",
+           request.options.quarantine);
+  add_time(app, "--answer-timeout",
+           "A connection on which the target answers nothing for this long is given up and made "
+           "anew (default: 60s)",
+           request.answer_timeout);
+  add_time(app, "--reconnect-delay",
+           "After a pivot: how long I/O waits for a lost target "
+           "(default: 30s)",
+           request.options.reconnect_delay);
+}
+
 void define_migrate(CLI::App& root, Parsed& parsed) {
   MigrateCommand& migrate = parsed.migrate;
   mirror::MigrateOptions& options = migrate.request.options;
   CLI::App& app = define_client(root, parsed, "migrate",
                                 "Start to copy the disk to another NBD server, under load");
-  app.add_option("URI", migrate.request.uris,
-                 "The target: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+  app.add_option(
+         "URI", migrate.request.uris,
+         "The target: nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds://… and "
+         "nbds+unix://… with TLS. Several are paths to one export, and share the work")
       ->required();
   app.add_option("--connections", migrate.request.connections,
-                 "Connections to the target (default: chosen)")
+                 "Connections by each path (default: chosen)")
       ->type_name("N");
+  app.add_option(
+         "--via", migrate.request.vias,
+         "This host's address to connect from: one for each URI, in their order, or several "
+         "for the one URI, which make as many paths")
+      ->type_name("ADDRESS")
+      ->allow_extra_args(false);
+  define_tls(app, migrate.request.tls);
   add_choice<mirror::Mode>(app, "--mode",
                            "When guest writes are answered: after the source (async), after both "
                            "sides (sync), or as the target keeps up (auto, the default)",
@@ -211,22 +275,7 @@ void define_migrate(CLI::App& root, Parsed& parsed) {
   app.add_flag("--wait", migrate.wait,
                "Show progress until in sync, or switched where --switch asks for it. "
                "Interrupting the wait does not stop the migration");
-  add_time(app, "--sync-timeout", "A sync write waits this long for the target (default: 1s)",
-           options.sync_timeout);
-  add_time(app, "--prepare-timeout", "Prepared lasts this long without a seal (default: 60s)",
-           options.prepare_timeout);
-  add_time(app, "--quarantine",
-           "A lost connection's unanswered writes may still be applied for "
-           "this long (default: 60s)",
-           options.quarantine);
-  add_time(app, "--answer-timeout",
-           "A connection on which the target answers nothing for this long is given up and made "
-           "anew (default: 60s)",
-           migrate.request.answer_timeout);
-  add_time(app, "--reconnect-delay",
-           "After a pivot: how long I/O waits for a lost target "
-           "(default: 30s)",
-           options.reconnect_delay);
+  define_timeouts(app, migrate.request);
   app.add_flag("--verify", options.verify,
                "Compare both sides once in sync; no switchover before they are found alike");
   app.add_flag("--trust-target", options.trust_target,
@@ -311,8 +360,12 @@ CommandLine result(const CLI::App& root, Parsed& parsed) {
   }
   parsed.client.name = name;
   if (name == "migrate") {
-    if (parsed.migrate.request.uris.size() > 1) {
-      return usage_error("migrate: several paths to a target are not supported yet: give one URI");
+    const MigrateRequest& request = parsed.migrate.request;
+    const std::size_t uris = request.uris.size();
+    const std::size_t vias = request.vias.size();
+    if (vias != 0 && uris != 1 && uris != vias) {
+      return usage_error(fmt::format(
+          "migrate: {} --via for {} URIs: give one for each URI, or one URI", vias, uris));
     }
     parsed.client.action = parsed.migrate;
   } else if (name == "status") {

@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "proxy/limits.hpp"
+#include "proxy/tls_json.hpp"
 
 namespace nbdferry::proxy {
 namespace {
@@ -120,25 +121,35 @@ const char* name_of(Enum meaning, const std::array<std::pair<const char*, Enum>,
       ->first;
 }
 
-std::vector<std::string> read_uris(const json::value& value) {
+std::vector<std::string> read_texts(const json::value& value, std::string_view field) {
   const json::array* const list = value.if_array();
-  if (list == nullptr || list->empty()) refuse("uris", "must be a list of at least one URI");
-  if (list->size() > 1) {
-    refuse("uris",
-           "has several entries, and several paths to a target are not supported yet: "
-           "give one URI");
-  }
-  const json::string* const uri = list->front().if_string();
-  if (uri == nullptr || uri->empty()) refuse("uris", "must hold URIs");
-  // At the start rather than when the ownership record turns out to be too short for it.
-  if (uri->size() > limits::uri_bytes_max) {
-    refuse("uris", fmt::format("must hold URIs of at most {} bytes", limits::uri_bytes_max));
-  }
+  if (list == nullptr || list->empty()) refuse(field, "must be a list of at least one");
+  std::vector<std::string> texts;
   const auto is_control = [](unsigned char c) { return c < 0x20 || c == 0x7f; };
-  if (std::any_of(uri->begin(), uri->end(), is_control)) {
-    refuse("uris", "must hold URIs: these have no control characters");
+  for (const json::value& entry : *list) {
+    const json::string* const text = entry.if_string();
+    if (text == nullptr || text->empty()) refuse(field, "must hold texts that are not empty");
+    if (std::any_of(text->begin(), text->end(), is_control)) {
+      refuse(field, "must hold no control characters");
+    }
+    texts.emplace_back(*text);
   }
-  return {std::string(*uri)};
+  return texts;
+}
+
+// At the start rather than when the ownership record turns out to be too short for them.
+void check_length(const MigrateRequest& request) {
+  const std::size_t paths = std::max(request.uris.size(), request.vias.size());
+  std::size_t bytes = request.tls.certificates.size() + request.tls.psk_file.size();
+  for (std::size_t i = 0; i < paths; ++i) {
+    bytes +=
+        request.uris[request.uris.size() == 1 ? 0 : std::min(i, request.uris.size() - 1)].size();
+    if (i < request.vias.size()) bytes += request.vias[i].size();
+  }
+  if (bytes > limits::uri_bytes_max) {
+    refuse("uris",
+           fmt::format("vias and tls must have at most {} bytes in all", limits::uri_bytes_max));
+  }
 }
 
 bool read_flag(const json::value& value, std::string_view field) {
@@ -164,7 +175,11 @@ void read_field(MigrateRequest& request, std::string_view field, const json::val
                                 static_cast<std::uint64_t>(time_max_ms));
     options.*time->member = std::chrono::milliseconds(static_cast<std::int64_t>(ms));
   } else if (field == "uris") {
-    request.uris = read_uris(value);
+    request.uris = read_texts(value, field);
+  } else if (field == "vias") {
+    request.vias = read_texts(value, field);
+  } else if (field == "tls") {
+    request.tls = tls_from_json(value);
   } else if (field == "connections") {
     request.connections = static_cast<unsigned>(read_number(value, field, 0, connections_max));
   } else if (field == "answer_timeout_ms") {
@@ -209,6 +224,8 @@ json::object migrate_to_json(const MigrateRequest& request) {
                  {"verify", options.verify},
                  {"trust_target", options.trust_target}};
   o["uris"] = json::array(request.uris.begin(), request.uris.end());
+  if (!request.vias.empty()) o["vias"] = json::array(request.vias.begin(), request.vias.end());
+  if (request.tls != transport::TlsOptions{}) o["tls"] = tls_to_json(request.tls);
   for (const TimeField& time : time_fields) {
     o[time.name] =
         std::chrono::duration_cast<std::chrono::milliseconds>(options.*time.member).count();
@@ -222,6 +239,7 @@ MigrateRequest migrate_from_json(const json::object& body) {
     read_field(request, {field.data(), field.size()}, value);
   }
   if (request.uris.empty()) refuse("uris", "is missing: where should the disk go?");
+  check_length(request);
   return request;
 }
 

@@ -2,7 +2,8 @@
 // which command, and what a migration's request looks like as JSON.
 //
 //   GET  /status                      the export's status (status_json.hpp)
-//   POST /migrate {"uris":[…], …}     start a migration
+//   POST /migrate {"uris":[…], "vias":[…], "tls":{…}, …}   start a migration; several: paths to one
+//                                     export. tls_json.hpp says what "tls" holds
 //   POST /switch  {"action":"…"}      pivot release prepare seal commit-pivot commit-release abort
 //   POST /set     {"mode":"…", …}     change a running migration
 //   POST /pause /resume /cancel /verify /promote /unfence
@@ -21,7 +22,7 @@
 
 namespace nbdferry::proxy {
 
-inline constexpr unsigned connections_max = 64;  // of one migration's path
+inline constexpr unsigned connections_max = 64;  // of one path
 
 [[nodiscard]] boost::json::object migrate_to_json(const MigrateRequest& request);
 

@@ -133,7 +133,8 @@ void ExportImpl::enqueue(mirror::Event&& event) {
                        std::holds_alternative<mirror::TargetWindow>(event) ||
                        std::holds_alternative<mirror::TargetLost>(event) ||
                        std::holds_alternative<mirror::TargetRefused>(event) ||
-                       std::holds_alternative<mirror::TargetClosed>(event);
+                       std::holds_alternative<mirror::TargetClosed>(event) ||
+                       std::holds_alternative<mirror::PathLost>(event);
   if (of_link) {
     std::move(later_.begin(), later_.end(), std::back_inserter(events_));
     later_.clear();
@@ -204,14 +205,17 @@ void ExportImpl::on(mirror::OpenTarget&&) {
     return;
   }
   transport::TargetConfig config;
-  config.uris = request_.uris;
+  // After a pivot by those that were proved, which the record names.
+  config.known = engine_->status().serving == mirror::Serving::target;
+  config.uris = config.known ? ownership_.uris : request_.uris;
+  config.vias = config.known ? ownership_.vias : request_.vias;
+  config.tls = config.known ? ownership_.tls : request_.tls;
   config.connections = request_.connections;
   config.answer_timeout = request_.answer_timeout;
   config.connect_timeout = std::min(config.connect_timeout, config.answer_timeout);
   config.size_wanted = info_.size;
   config.patient = resuming_;
   config.migration_id = migration_id_;  // and what does it hold of it already?
-  target_uris_ = request_.uris;
   target_ =
       transport::Target::create(io_.get_executor(), std::move(config),
                                 [this](mirror::Event&& event) { target_event(std::move(event)); });
@@ -219,6 +223,17 @@ void ExportImpl::on(mirror::OpenTarget&&) {
 }
 
 void ExportImpl::on(mirror::CloseTarget&&) { target_->close(); }
+
+// In the meantime it may have been let go.
+void ExportImpl::on(mirror::UsePath&& a) {
+  if (target_) target_->use(a.path);
+}
+void ExportImpl::on(mirror::RefusePath&& a) {
+  if (target_) target_->refuse(a.path, a.reason);
+}
+void ExportImpl::on(mirror::LeavePath&& a) {
+  if (target_) target_->leave(a.path);
+}
 
 void ExportImpl::target_event(mirror::Event&& event) {
   const bool closed = std::holds_alternative<mirror::TargetClosed>(event);
@@ -236,8 +251,16 @@ void ExportImpl::on(mirror::WriteRecord&& a) {
   Ownership next = ownership_;
   const bool pivot = a.kind == mirror::SwitchKind::pivot;
   next.role = pivot ? Role::pivoted : Role::retired;
-  next.uris = target_uris_;
-  next.peer = target_uris_.empty() ? "" : target_uris_.front();
+  // Those that were proved: after a restart nothing else tells that they lead there.
+  next.uris.clear();
+  next.vias.clear();
+  for (const auto& path : target_->paths()) {
+    if (!path.known) continue;
+    next.uris.push_back(path.uri);
+    if (!path.via.empty()) next.vias.push_back(path.via);
+  }
+  next.tls = request_.tls;
+  next.peer = next.uris.empty() ? "" : next.uris.front();
   next.migration_id = migration_id_;
   next.incoming_peer = a.incoming;
   auto write = [this, pivot, next = std::move(next)]() mutable {
@@ -347,6 +370,11 @@ bool ExportImpl::holds_migration(std::string_view migration) const {
          (incoming_claim_.empty() || incoming_claim_ == migration);
 }
 
+bool ExportImpl::knows_session(std::string_view session) const {
+  return std::any_of(sessions_.begin(), sessions_.end(),
+                     [&](const auto& entry) { return entry.second.session == session; });
+}
+
 bool ExportImpl::may_write(std::uint32_t session) const {
   if (ownership_.role != Role::incoming) return true;
   const auto it = sessions_.find(session);
@@ -422,6 +450,8 @@ void ExportImpl::unfence(CommandHandler done) {
   Ownership next = ownership_;
   next.role = Role::owner;
   next.uris.clear();
+  next.vias.clear();
+  next.tls = {};
   write_record(std::move(next), [this, done = std::move(done)](const std::string& error) {
     if (!error.empty()) {
       done(false, error);
@@ -461,6 +491,8 @@ void ExportImpl::migrate(MigrateRequest request, CommandHandler done) {
       // A malformed URI is found before anything starts.
       transport::TargetConfig trial;
       trial.uris = request.uris;
+      trial.vias = request.vias;
+      trial.tls = request.tls;
       (void)transport::Target::create(io_.get_executor(), std::move(trial), [](mirror::Event&&) {});
       if (!go_on) migration_id_ = new_migration_id(options_.disk);
     } catch (const std::exception& e) {

@@ -11,6 +11,7 @@
 
 #include "mirror/engine.hpp"
 #include "proxy/front.hpp"
+#include "transport/tls.hpp"
 
 namespace boost::asio {
 class io_context;
@@ -29,7 +30,9 @@ struct ExportOptions {
 };
 
 struct MigrateRequest {
-  std::vector<std::string> uris;
+  std::vector<std::string> uris;  // paths to one export
+  std::vector<std::string> vias;  // local addresses, as transport::TargetConfig's
+  transport::TlsOptions tls;
   unsigned connections = 0;                            // per path; 0: chosen
   Duration answer_timeout = std::chrono::seconds(60);  // then a connection that hangs is given up
   mirror::MigrateOptions options;
@@ -37,7 +40,8 @@ struct MigrateRequest {
 
 struct PathStatus {
   std::string uri;
-  std::string state;         // "up", "connecting", "down"
+  std::string via;           // local address; empty: any
+  std::string state;         // "connecting", "up", "down", "refused", "standby"
   unsigned connections = 0;  // living ones
   std::uint64_t sent_bytes = 0;
   std::uint64_t rtt_us = 0;  // smoothed request latency of small requests, 0 when unknown

@@ -36,6 +36,7 @@ class ExportImpl final : public Export {
   void detach(std::uint32_t session) override;
   bool knows_migration(std::string_view migration) const override;
   bool holds_migration(std::string_view migration) const override;
+  bool knows_session(std::string_view session) const override;
   bool may_write(std::uint32_t session) const override;
   void submit(mirror::GuestRequest&& request) override;
 
@@ -66,6 +67,9 @@ class ExportImpl final : public Export {
   void on(mirror::Reply&& a);
   void on(mirror::OpenTarget&& a);
   void on(mirror::CloseTarget&& a);
+  void on(mirror::UsePath&& a);
+  void on(mirror::RefusePath&& a);
+  void on(mirror::LeavePath&& a);
   void on(mirror::WriteRecord&& a);
   void on(mirror::Ended&& a);
   void on(mirror::LetGo&& a);
@@ -116,7 +120,6 @@ class ExportImpl final : public Export {
   std::unique_ptr<LocalDisk> disk_;
   std::unique_ptr<mirror::Engine> engine_;
   std::unique_ptr<transport::Target> target_;
-  std::vector<std::string> target_uris_;
   MigrateRequest request_;  // of the migration that runs or is to start
   std::string migration_id_;
 

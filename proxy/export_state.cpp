@@ -105,7 +105,8 @@ void ExportImpl::serve_target(FoundState found) {
   } catch (const std::exception&) {
     request_ = {};  // the options' defaults will do
   }
-  request_.uris = ownership_.uris;
+  request_.uris = ownership_.uris;  // for the status; the target is opened by what the record says
+  request_.tls = ownership_.tls;
   migration_id_ = ownership_.migration_id;
   log_line(
       fmt::format("{}: pivoted: serving from {}", options_.disk, fmt::join(ownership_.uris, " ")));

@@ -45,8 +45,8 @@ ExportStatus ExportImpl::status() const {
   if (migrating && s.peer.empty() && !request_.uris.empty()) s.peer = request_.uris.front();
   if (target_) {
     for (auto& p : target_->paths()) {
-      s.paths.push_back(
-          {std::move(p.uri), std::move(p.state), p.connections, p.sent_bytes, p.rtt_us});
+      s.paths.push_back({std::move(p.uri), std::move(p.via), std::move(p.state), p.connections,
+                         p.sent_bytes, p.rtt_us});
     }
   }
   const auto& rates = meter_.rates(now());

@@ -71,6 +71,10 @@ class Front {
   // that anybody wrote since?
   [[nodiscard]] virtual bool holds_migration(std::string_view migration) const = 0;
 
+  // … and "x-nbdferry:knows=…": is a connection of this session of a migration open, on this disk? Sessions
+  // are random: who knows one is whom the other connections go to.
+  [[nodiscard]] virtual bool knows_session(std::string_view session) const = 0;
+
   // Rule 11: an incoming disk takes writes only from its migration. False: answer EPERM.
   [[nodiscard]] virtual bool may_write(std::uint32_t session) const = 0;
 

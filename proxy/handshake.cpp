@@ -22,6 +22,7 @@ constexpr std::string_view session_prefix = "x-nbdferry:session=";
 constexpr std::string_view holds_prefix = "x-nbdferry:holds=";
 constexpr std::string_view sum_low_context = "x-nbdferry:xxh3-low";
 constexpr std::string_view sum_high_context = "x-nbdferry:xxh3-high";
+constexpr std::string_view knows_prefix = "x-nbdferry:knows=";
 constexpr std::size_t session_max = 64;
 
 std::span<const std::byte> bytes_of(std::string_view text) {
@@ -306,6 +307,7 @@ void Handshake::answer_meta_context(std::span<const std::byte> data, bool set) {
   reply_value(holds_context_id, holds_prefix, selected.holds);
   if (selected.sum_low) reply_context(sum_low_context_id, std::string(sum_low_context));
   if (selected.sum_high) reply_context(sum_high_context_id, std::string(sum_high_context));
+  reply_value(knows_context_id, knows_prefix, selected.knows);
   reply(OptionReply::ack);
   if (!set) return;
   negotiated_.contexts = std::move(selected);
@@ -331,6 +333,9 @@ void Handshake::select(std::string_view query, const Front& front, bool set,
   } else if (query.starts_with(holds_prefix)) {
     const auto value = query.substr(holds_prefix.size());
     if (!value.empty() && front.holds_migration(value)) selected.holds = value;
+  } else if (query.starts_with(knows_prefix)) {
+    const auto value = query.substr(knows_prefix.size());
+    if (!value.empty() && front.knows_session(value)) selected.knows = value;
   }
 }
 

@@ -29,6 +29,7 @@ struct Contexts {
   std::string holds;        // likewise, of x-nbdferry:holds=…
   bool sum_low = false;     // x-nbdferry:xxh3-low was selected
   bool sum_high = false;    // x-nbdferry:xxh3-high
+  std::string knows;        // likewise, of x-nbdferry:knows=…
 };
 struct Negotiated {
   Front* front = nullptr;
@@ -43,6 +44,7 @@ inline constexpr std::uint32_t session_context_id = 3;
 inline constexpr std::uint32_t holds_context_id = 4;
 inline constexpr std::uint32_t sum_low_context_id = 5;
 inline constexpr std::uint32_t sum_high_context_id = 6;
+inline constexpr std::uint32_t knows_context_id = 7;
 
 [[nodiscard]] std::uint16_t transmission_flags(const ExportInfo& info, bool structured_replies);
 

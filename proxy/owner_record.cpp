@@ -21,6 +21,7 @@
 
 #include "mirror/assert.hpp"
 #include "proxy/disk_probe.hpp"
+#include "proxy/tls_json.hpp"
 #include "proxy/unique_fd.hpp"
 
 namespace nbdferry::proxy {
@@ -53,6 +54,8 @@ std::optional<std::string> encode(const Ownership& o) {
       {"generation", o.generation},
       {"role", to_string(o.role)},
       {"uris", boost::json::array(o.uris.begin(), o.uris.end())},
+      {"vias", boost::json::array(o.vias.begin(), o.vias.end())},
+      {"tls", tls_to_json(o.tls)},
       {"peer", o.peer},
       {"migration", o.migration_id},
       {"incoming_peer", o.incoming_peer},
@@ -81,6 +84,10 @@ std::optional<Ownership> decode(std::string_view slot) {
   if (known == all_roles.end()) throw std::invalid_argument("unknown role");
   o.role = *known;
   for (const auto& uri : json.at("uris").as_array()) o.uris.emplace_back(uri.as_string());
+  if (const auto* list = json.if_contains("vias")) {
+    for (const auto& via : list->as_array()) o.vias.emplace_back(via.as_string());
+  }
+  if (const auto* tls = json.if_contains("tls")) o.tls = tls_from_json(*tls);
   o.peer = json.at("peer").as_string();
   o.migration_id = json.at("migration").as_string();
   if (const auto* v = json.if_contains("incoming_peer")) o.incoming_peer = v->as_bool();

@@ -21,6 +21,8 @@
 #include <string_view>
 #include <vector>
 
+#include "transport/tls.hpp"
+
 namespace nbdferry::proxy {
 
 enum class Role : std::uint8_t {
@@ -35,6 +37,8 @@ enum class Role : std::uint8_t {
 struct Ownership {
   Role role = Role::owner;
   std::vector<std::string> uris;  // pivoted, retired: where the disk is; incoming: empty
+  std::vector<std::string> vias;  // local addresses for these, if any
+  transport::TlsOptions tls;      // for these
   std::string peer;               // whom we gave it to or get it from, for a person
   std::string migration_id;
   bool incoming_peer = false;  // pivoted: the target took writes from us only

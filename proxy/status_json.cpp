@@ -117,6 +117,7 @@ std::string read_or_empty(const json::object& object, const char* name) {
 
 json::object path_to_json(const PathStatus& path) {
   return {{"uri", path.uri},
+          {"via", or_null(path.via)},
           {"state", path.state},
           {"connections", path.connections},
           {"sent_bytes", path.sent_bytes},
@@ -124,9 +125,9 @@ json::object path_to_json(const PathStatus& path) {
 }
 
 PathStatus path_from_json(const json::object& object) {
-  return {read<std::string>(object, "uri"), read<std::string>(object, "state"),
-          read<unsigned>(object, "connections"), read<std::uint64_t>(object, "sent_bytes"),
-          read<std::uint64_t>(object, "rtt_us")};
+  return {read<std::string>(object, "uri"),          read_or_empty(object, "via"),
+          read<std::string>(object, "state"),        read<unsigned>(object, "connections"),
+          read<std::uint64_t>(object, "sent_bytes"), read<std::uint64_t>(object, "rtt_us")};
 }
 
 }  // namespace

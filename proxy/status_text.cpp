@@ -76,7 +76,8 @@ std::string status_to_text(const ExportStatus& status) {
     add_migration(lines, core);
   }
   for (const PathStatus& path : status.paths) {
-    lines.add("path", "{}: {}, {} connection{}, {} sent{}", path.uri, path.state, path.connections,
+    lines.add("path", "{}{}: {}, {} connection{}, {} sent{}", path.uri,
+              path.via.empty() ? "" : " via " + path.via, path.state, path.connections,
               plural(path.connections), size(path.sent_bytes),
               path.rtt_us == 0 ? "" : fmt::format(", {} us", path.rtt_us));
   }

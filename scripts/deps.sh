@@ -17,10 +17,11 @@ packages_for() {
         printf '%s\n' libboost-dev libboost-json-dev
       fi
       ;;
-    # qemu-system-common brings qemu-storage-daemon; libnbd-bin nbdinfo and nbdcopy.
+    # qemu-system-common brings qemu-storage-daemon; libnbd-bin nbdinfo and nbdcopy; openssl makes
+    # certificates.
     test)
       printf '%s\n' libnbd-bin nbdkit qemu-utils qemu-system-common nbd-server fio curl git \
-        iproute2 util-linux
+        iproute2 util-linux openssl
       ;;
     # The tests with a real guest; its kernel is downloaded by them, and not installed.
     vm) printf '%s\n' qemu-system-x86 e2fsprogs iproute2 ;;

@@ -18,6 +18,7 @@
 #include <libnbd.h>
 
 #include "mirror/assert.hpp"
+#include "transport/certificate_check.hpp"
 #include "transport/flight.hpp"
 #include "transport/libnbd_errors.hpp"
 
@@ -28,6 +29,7 @@ namespace {
 // Replies handled before the loop gets its turn. libnbd handles one a call, and the socket must be
 // known to be readable before each.
 constexpr int replies_per_turn_max = 64;
+constexpr int records_per_turn_max = 64;  // the same for what is sent
 
 // What to do about it.
 constexpr const char* check_server = "check the server there, and the export's name";
@@ -35,13 +37,6 @@ constexpr const char* check_server = "check the server there, and the export's n
 constexpr int checks_per_answer_timeout = 4;
 
 constexpr std::uint32_t payload_limit = 32 * 1024 * 1024;  // NBD protocol: portable maximum
-
-// libnbd begins most errors of the handshake with that word, yet not those of the socket.
-std::string handshake_failed(std::string_view why) {
-  constexpr std::string_view prefix = "handshake: ";
-  if (why.starts_with(prefix)) why.remove_prefix(prefix.size());
-  return fmt::format("the NBD handshake failed: {}: {}", why, check_server);
-}
 
 }  // namespace
 
@@ -73,6 +68,10 @@ void Connection::open() {
 
 void Connection::on_timeout() {
   if (stage_ == Stage::ready || stage_ == Stage::ended) return;
+  if (certificate_check_) {
+    fail(explain_certificate(CertificateFault::unknown, *options_.endpoint.tls));
+    return;
+  }
   const auto seconds = std::chrono::duration<double>(options_.connect_timeout).count();
   fail(stage_ == Stage::dialling
            ? fmt::format("cannot connect: no answer within {:g} s: {}", seconds, check_address)
@@ -123,11 +122,11 @@ void Connection::on_dialled(int fd, const std::string& error) {
     fail(failure);
     return;
   }
-  wait_as_directed();
+  if (!dead_) wait_as_directed();
   progress();
 }
 
-// Takes the descriptor over; returns why it failed, or nothing.
+// Takes the descriptor over; returns why it failed, or nothing. What libnbd has to say comes by progress().
 std::string Connection::start_handshake(int fd) {
   const int watched = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
   if (watched < 0) {
@@ -149,8 +148,24 @@ std::string Connection::start_handshake(int fd) {
     ::close(fd);
     return last_libnbd_error();
   }
-  // From here on the descriptor is libnbd's, even when this fails.
-  if (nbd_aio_connect_socket(handle_, fd) == -1) return handshake_failed(last_libnbd_error());
+  const auto& tls = options_.endpoint.tls;
+  if (tls) {
+    tls_files_ = tls_files_version(*tls);
+    auto why = prepare_tls(handle_, *tls);
+    if (!why.empty()) {
+      ::close(fd);
+      return why;
+    }
+  }
+  // From here on the descriptor is libnbd's, even when this fails. With a server that is quick enough the
+  // handshake may have ended when it returns.
+  if (nbd_aio_connect_socket(handle_, fd) == -1) {
+    dead_ = true;
+    return {};
+  }
+  if (tls && !will_verify(handle_, *tls)) {
+    return "this libnbd would not verify the server's name: use --tls-psk, or another version";
+  }
   return {};
 }
 
@@ -160,10 +175,11 @@ bool Connection::add_private_contexts() {
   const auto add = [this](std::string_view name, const std::string& value) {
     return nbd_add_meta_context(handle_, private_context(name, value).c_str()) == 0;
   };
-  return add("migration", options_.migration_id) && add("session", options_.session) &&
-         add("holds", options_.migration_id) &&
-         nbd_add_meta_context(handle_, sum_low_context) == 0 &&
-         nbd_add_meta_context(handle_, sum_high_context) == 0;
+  const bool sums = nbd_add_meta_context(handle_, sum_low_context) == 0 &&
+                    nbd_add_meta_context(handle_, sum_high_context) == 0;
+  if (options_.probe) return sums && add("knows", options_.session);
+  return sums && add("migration", options_.migration_id) && add("session", options_.session) &&
+         add("holds", options_.migration_id);
 }
 
 void Connection::learn_offer() {
@@ -198,12 +214,40 @@ void Connection::learn_offer() {
   info.proven = info.incoming && accepted("holds", options_.migration_id);
   info.can_checksum = nbd_can_meta_context(handle_, sum_low_context) == 1 &&
                       nbd_can_meta_context(handle_, sum_high_context) == 1;
+  offer_.knows_session = accepted("knows", options_.session);
+}
+
+// libnbd begins most errors of the handshake with that word, yet not those of the socket.
+std::string Connection::handshake_failed(std::string_view why) const {
+  const auto& tls = options_.endpoint.tls;
+  auto explained = explain_tls_failure(why, tls ? &*tls : nullptr);
+  if (!explained.empty()) return explained;
+  constexpr std::string_view prefix = "handshake: ";
+  if (why.starts_with(prefix)) why.remove_prefix(prefix.size());
+  return fmt::format("the NBD handshake failed: {}: {}", why, check_server);
 }
 
 std::string Connection::why_dead() const {
   const bool closed = nbd_aio_is_closed(handle_) == 1;
   const auto why = closed ? "the server closed the connection" : last_libnbd_error();
   return stage_ == Stage::handshaking ? handshake_failed(why) : why;
+}
+
+bool Connection::doubts_certificate() const {
+  return stage_ == Stage::handshaking && options_.endpoint.tls &&
+         is_certificate_refused(last_libnbd_error());
+}
+
+// The handshake's time limit holds for this, too.
+void Connection::ask_for_certificate() {
+  let_go();
+  certificate_check_ = std::make_shared<CertificateCheck>(
+      executor_, options_.endpoint, [weak = weak_from_this()](CertificateFault fault) {
+        if (auto self = weak.lock()) {
+          self->fail(explain_certificate(fault, *self->options_.endpoint.tls));
+        }
+      });
+  certificate_check_->start();
 }
 
 // --- waiting
@@ -234,8 +278,8 @@ void Connection::wait_as_directed() {
   }
 }
 
-bool Connection::readable_now() {
-  pollfd p{watched_.native_handle(), POLLIN, 0};
+bool Connection::is_now(short events) {
+  pollfd p{watched_.native_handle(), events, 0};
   return ::poll(&p, 1, 0) == 1;
 }
 
@@ -243,8 +287,9 @@ void Connection::on_readable() {
   moved_ = true;
   for (int replies = 0; replies < replies_per_turn_max; ++replies) {
     if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_READ) == 0) break;
-    // A speculative call would park the handle where new commands queue unsent.
-    if (!readable_now()) break;
+    // A speculative call would park the handle where new commands queue unsent. With TLS nothing waits
+    // elsewhere: libnbd goes on for as long as GnuTLS holds decrypted bytes.
+    if (!is_now(POLLIN)) break;
     if (nbd_aio_notify_read(handle_) == -1) break;
   }
   wait_as_directed();
@@ -253,8 +298,11 @@ void Connection::on_readable() {
 
 void Connection::on_writable() {
   moved_ = true;
-  if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_WRITE) != 0) {
-    (void)nbd_aio_notify_write(handle_);
+  // With TLS libnbd sends a record of 16 KiB a call.
+  for (int records = 0; records < records_per_turn_max; ++records) {
+    if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_WRITE) == 0) break;
+    if (records != 0 && !is_now(POLLOUT)) break;
+    if (nbd_aio_notify_write(handle_) == -1) break;
   }
   wait_as_directed();
   progress();
@@ -266,10 +314,19 @@ void Connection::progress() {
   const auto self = shared_from_this();  // the owner may drop us
   collect();
   if (dead_) {
-    fail(why_dead());
+    if (doubts_certificate()) {
+      ask_for_certificate();
+    } else {
+      fail(why_dead());
+    }
     return;
   }
   if (stage_ == Stage::handshaking && nbd_aio_is_ready(handle_) == 1) {
+    const auto& tls = options_.endpoint.tls;
+    if (tls && tls_files_version(*tls) != tls_files_) {
+      fail("the TLS files changed during the handshake: start again when they are complete");
+      return;
+    }
     stage_ = Stage::ready;
     timer_.cancel();
     learn_offer();
@@ -364,17 +421,24 @@ void Connection::shut() {
   timer_.cancel();
   if (dial_) dial_->cancel();
   dial_.reset();
+  if (certificate_check_) certificate_check_->cancel();
+  certificate_check_.reset();
+  let_go();
+  dead_ = true;
+  collect();
+  for (auto& flight : flights_) {
+    if (flight->busy) answer(*flight, IoError::lost);
+  }
+}
+
+// Of the socket, and of libnbd.
+void Connection::let_go() {
   if (watched_.is_open()) {
     // Not watched_.close(): Asio leaves the epoll registration to the close of the last descriptor,
     // which may be libnbd's.
     ::close(watched_.release());
   }
   if (handle_ != nullptr) nbd_close(std::exchange(handle_, nullptr));
-  dead_ = true;
-  collect();
-  for (auto& flight : flights_) {
-    if (flight->busy) answer(*flight, IoError::lost);
-  }
 }
 
 }  // namespace nbdferry::transport

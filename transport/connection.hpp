@@ -24,6 +24,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <boost/asio/any_io_executor.hpp>
@@ -42,15 +43,19 @@ struct Offer {
   mirror::TargetInfo info;
   bool multi_conn = false;
   bool can_fast_zero = false;
+  bool knows_session = false;  // asked by a probe: the server has living connections of it
 };
 
 struct Answer {
   mirror::TargetDone done;
   std::uint64_t sequence = 0;    // as given to post()
+  std::uint64_t cost = 0;        // what it counted for while it was in flight
   std::uint64_t sent_bytes = 0;  // data that travelled to the server
+  bool wrote = false;            // changed something there
   Duration latency{};            // of small requests that were answered; else zero
 };
 
+class CertificateCheck;
 class Connection;
 
 // Told from the executor only, never from inside a member function of Connection.
@@ -69,6 +74,7 @@ struct ConnectionOptions {
   Endpoint endpoint;
   std::string migration_id;    // empty: we are no migration
   std::string session;         // of it: the connections that live together
+  bool probe = false;          // claims nothing: asks whether the server knows the session
   Duration connect_timeout{};  // for dialling and handshaking together
   Duration answer_timeout{};   // with requests in flight, nothing moving for so long is the end
 };
@@ -91,6 +97,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void take_answers(std::vector<Answer>& out);
 
   [[nodiscard]] bool is_ready() const { return stage_ == Stage::ready && !dead_; }
+  // From the next look on.
+  void set_answer_timeout(Duration timeout) { options_.answer_timeout = timeout; }
   // Did it end because the server hung?
   [[nodiscard]] bool hung() const { return hung_; }
   [[nodiscard]] const Offer& offer() const { return offer_; }  // once ready
@@ -110,14 +118,18 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::string start_handshake(int fd);
   bool add_private_contexts();
   void learn_offer();
+  std::string handshake_failed(std::string_view why) const;
   std::string why_dead() const;
+  bool doubts_certificate() const;
+  void ask_for_certificate();
 
   void on_readable();
   void on_writable();
-  bool readable_now();
+  bool is_now(short events);  // POLLIN or POLLOUT
   void wait_as_directed();
   void progress();
   void fail(const std::string& reason);
+  void let_go();
   void shut();
 
   Flight& take_flight(mirror::DiskOp&& op, std::uint64_t sequence);
@@ -131,7 +143,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   boost::asio::steady_timer timer_;
   boost::asio::posix::stream_descriptor watched_;
   std::shared_ptr<Dial> dial_;
+  std::shared_ptr<CertificateCheck> certificate_check_;  // the handshake has failed, and we ask why
   nbd_handle* handle_ = nullptr;
+  std::string tls_files_;  // their version before the handshake
   Stage stage_ = Stage::dialling;
   bool dead_ = false;  // libnbd's handle is finished; we have not said so yet
   bool hung_ = false;

@@ -10,8 +10,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <boost/asio/connect.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
+#include <boost/asio/post.hpp>
 #include <fmt/format.h>
 
 namespace nbdferry::transport {
@@ -60,7 +60,9 @@ Dial::Dial(const boost::asio::any_io_executor& executor, Endpoint endpoint, Hand
 
 void Dial::start() {
   if (endpoint_.is_unix()) {
-    connect({boost::asio::local::stream_protocol::endpoint(endpoint_.socket_path)});
+    addresses_ = {boost::asio::local::stream_protocol::endpoint(endpoint_.socket_path)};
+    boost::asio::post(socket_.get_executor(),
+                      [self = shared_from_this()] { self->try_address(0); });
     return;
   }
   resolver_.async_resolve(
@@ -72,28 +74,50 @@ void Dial::start() {
                                        self->endpoint_.host, error.message()));
           return;
         }
-        std::vector<Protocol::endpoint> addresses;
-        for (const auto& entry : results) addresses.emplace_back(entry.endpoint());
-        self->connect(addresses);
+        for (const auto& entry : results) self->addresses_.emplace_back(entry.endpoint());
+        self->try_address(0);
       });
 }
 
-void Dial::connect(const std::vector<Protocol::endpoint>& addresses) {
-  if (!done_) return;
-  // The addresses must outlive the operation, hence the shared copy.
-  auto kept = std::make_shared<std::vector<Protocol::endpoint>>(addresses);
-  boost::asio::async_connect(
-      socket_, kept->begin(), kept->end(),
-      [self = shared_from_this(), kept](const boost::system::error_code& error, auto) {
-        if (error) {
-          self->finish(-1, fmt::format("cannot connect: {}: {}", error.message(), check_address));
-          return;
-        }
-        // Without Asio's registration, so that libnbd can have the descriptor for itself.
-        const int fd = self->socket_.release();
-        set_options(fd, self->endpoint_.is_unix());
-        self->finish(fd, {});
-      });
+void Dial::try_address(std::size_t index) {
+  for (; done_ && index < addresses_.size(); ++index) {
+    const auto& to = addresses_[index];
+    boost::system::error_code error;
+    socket_.close(error);
+    if (!endpoint_.via.empty() && !bind(to)) continue;
+    socket_.async_connect(to, [self = shared_from_this(), index](boost::system::error_code failed) {
+      if (failed) {
+        self->error_ = fmt::format("cannot connect: {}: {}", failed.message(), check_address);
+        self->try_address(index + 1);
+        return;
+      }
+      // Without Asio's registration, so that libnbd can have the descriptor for itself.
+      const int fd = self->socket_.release();
+      set_options(fd, self->endpoint_.is_unix());
+      self->finish(fd, {});
+    });
+    return;
+  }
+  finish(-1, error_);
+}
+
+bool Dial::bind(const Protocol::endpoint& to) {
+  const boost::asio::ip::tcp::endpoint from(boost::asio::ip::make_address(endpoint_.via), 0);
+  boost::system::error_code error;
+  if (from.protocol().family() != to.protocol().family()) {
+    if (error_.empty()) {
+      error_ = fmt::format("cannot connect to '{}' from {}: one is IPv4, the other IPv6",
+                           endpoint_.host, endpoint_.via);
+    }
+    return false;
+  }
+  socket_.open(to.protocol(), error);
+  // The kernel chooses the port when it knows the peer: else there are fewer to choose from.
+  if (!error) set(socket_.native_handle(), IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1);
+  if (!error) socket_.bind(from, error);
+  if (!error) return true;
+  error_ = fmt::format("cannot bind to {}: {}: is it this host's?", endpoint_.via, error.message());
+  return false;
 }
 
 void Dial::finish(int fd, const std::string& error) {

@@ -1,6 +1,7 @@
 // Dial: from an Endpoint to a connected socket with the options that rule 8 wants.
 //
-// Names are resolved off the caller's thread; every address is tried in turn. The handler is called
+// Names are resolved off the caller's thread; every address is tried in turn, from the local address that
+// the endpoint names. The handler is called
 // once, from the executor, unless cancel() came first.
 #pragma once
 
@@ -31,13 +32,16 @@ class Dial : public std::enable_shared_from_this<Dial> {
 
  private:
   using Protocol = boost::asio::generic::stream_protocol;
-  void connect(const std::vector<Protocol::endpoint>& addresses);
+  void try_address(std::size_t index);
+  [[nodiscard]] bool bind(const Protocol::endpoint& to);
   void finish(int fd, const std::string& error);
 
   Endpoint endpoint_;
   Handler done_;
   boost::asio::ip::tcp::resolver resolver_;
   Protocol::socket socket_;
+  std::vector<Protocol::endpoint> addresses_;
+  std::string error_;  // of the last one tried
 };
 
 // Close without a reset: for a connection on which nothing is in flight, so that the polite DISC

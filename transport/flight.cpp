@@ -58,6 +58,7 @@ Answer Connection::Flight::finish(IoError result) {
   a.done.id = op.id;
   a.done.error = result;
   a.sequence = sequence;
+  a.cost = cost;
   if (result == IoError::none) {
     a.done.data = std::move(buffer).freeze();
     a.done.extents = std::move(extents);
@@ -67,6 +68,7 @@ Answer Connection::Flight::finish(IoError result) {
       a.done.error = IoError::not_supported;
     }
     a.sent_bytes = sent_bytes;
+    a.wrote = is_write(op.command);
     const bool data = op.command == Command::read || op.command == Command::write;
     if (data && op.range.length() <= small_request_bytes) a.latency = Clock::now() - started;
   }

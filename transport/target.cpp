@@ -1,70 +1,67 @@
-// The target as one disk: spreads operations over connections, replaces lost ones, and decides when
-// the server may have restarted.
+// The target as one disk: spreads operations over paths and their connections, has what replaces a lost one
+// judged, and decides when the server may have restarted.
 //
 //   idle -> seeking -> up -> seeking -> up …        lost: up -> seeking
 //              |                                    any -> closed by close(); open() starts again
 //              v
 //           refused     (the first attempt failed, or what came back can't be this target)
 //
-// While seeking exactly one connection is tried; once it is ready, the others follow, and each that
-// ends is replaced by itself, with a growing delay.
+// While seeking one connection of each known path is tried; before any is known, one path after the other,
+// for the first connection claims a nbdferry target, and nothing of what a wrong path leads to may change.
+// The first one that is ready brings TargetUp. The other paths, each time that they come, have to prove that
+// they lead to the same export before they are used: a nbdferry target knows our session, which is random;
+// for another one the core finds out (PathFound).
 //
 // What must hold:
 //  - Events leave in the order in which they arose, from the executor, never from inside a member
 //    function of Target.
-//  - TargetLost is said when no connection is left of which it is certain that it belongs to the
-//    server instance that answered so far (rule 7). A connection that was made later is only
-//    certain once a certain one has answered a request that was submitted after it was ready: until
-//    then the server may have restarted, with the older connections not having noticed. So flushes
-//    go to certain connections only: a restarted server's flush covers nothing.
+//  - TargetLost is said when no path is left with a connection of which it is certain that it belongs to
+//    the server instance that answered so far (rule 7; path.hpp).
+//  - A flush is answered well when it was on every path that is used: each may lead to a server of its own
+//    over the same disk. PathLost says whether one wrote since the last good one.
 #include "transport/target.hpp"
 
 #include <algorithm>
+#include <map>
 #include <optional>
 #include <random>
 #include <stdexcept>
 #include <tuple>
 
 #include <boost/asio/post.hpp>
-#include <boost/asio/steady_timer.hpp>
 #include <fmt/format.h>
 
 #include "mirror/assert.hpp"
-#include "transport/connection.hpp"
+#include "transport/path.hpp"
 #include "transport/uri.hpp"
 
 namespace nbdferry::transport {
 
 namespace {
 
-constexpr unsigned connections_chosen = 4;  // with multi-conn, when the operator names no number
+// With multi-conn, when the operator names no number: at first, and at most.
+constexpr unsigned connections_first = 4;
+constexpr unsigned connections_grown = 16;
 constexpr unsigned connections_max = 64;
 // What one connection may have in flight. Large enough to keep a fast server busy, small enough
 // that a mirrored write does not wait long behind bulk data.
 constexpr std::uint32_t connection_ops_max = 64;
 constexpr std::uint64_t connection_bytes_max = 8ULL * 1024 * 1024;
 constexpr std::uint64_t flushes_max = 8;  // these go at once, whatever the window says
-constexpr Duration retry_delay_min = std::chrono::milliseconds(100);
-constexpr Duration retry_delay_max = std::chrono::seconds(5);
+// Connections of all paths together, unless the operator names a number: servers have limits, too.
+constexpr unsigned connections_sum = 32;
+// Attempts in a row, with growing pauses between them, then a path that was never proved is refused. One that
+// was may be denied by a server that restarted, while older connections have not noticed.
+constexpr unsigned denials_max = 4;
+constexpr int checks_per_silence = 10;
 
-// A place for a connection, and what outlives it.
-struct Slot {
-  explicit Slot(const boost::asio::any_io_executor& executor) : retry(executor) {}
-  std::shared_ptr<Connection> connection;  // null while waiting for the next attempt
-  bool ready = false;
-  boost::asio::steady_timer retry;
-  Duration delay = retry_delay_min;  // before the next attempt
-  bool certain = false;              // belongs to the server instance that answered so far
-  std::uint64_t ready_at = 0;        // number of submissions when it became ready
-};
-
-// What no replacement may change, because the core has been told otherwise.
 // A nbdferry target lets go of the connections of older sessions when it sees a new one.
 std::string new_session() {
   std::random_device random;
   return fmt::format("{:08x}{:08x}", random(), random());
 }
 
+// What no replacement may change, because the core has been told otherwise.
 bool same(const mirror::TargetInfo& a, const mirror::TargetInfo& b) {
   const auto key = [](const mirror::TargetInfo& i) {
     return std::tuple(i.size, i.block_min, i.payload_max, i.read_only, i.can_flush, i.can_fua,
@@ -73,73 +70,98 @@ bool same(const mirror::TargetInfo& a, const mirror::TargetInfo& b) {
   return key(a) == key(b);
 }
 
-class State final : public ConnectionOwner, public std::enable_shared_from_this<State> {
+class State final : public PathOwner, public std::enable_shared_from_this<State> {
  public:
-  State(boost::asio::any_io_executor executor, TargetConfig config, Endpoint endpoint,
-        EventHandler on_event)
-      : executor_(std::move(executor)),
-        config_(std::move(config)),
-        endpoint_(std::move(endpoint)),
-        on_event_(std::move(on_event)) {}
+  State(boost::asio::any_io_executor executor, TargetConfig config, std::vector<Endpoint> endpoints,
+        EventHandler on_event);
 
   void open();
   void submit(mirror::DiskOp&& op);
   void close();
   void abandon();
-  [[nodiscard]] PathState path() const;
+  void use(PathId id);
+  void refuse_path(PathId id, const std::string& reason);
+  void leave_path(PathId id);
+  [[nodiscard]] std::vector<PathState> paths() const;
 
-  void on_ready(Connection& connection) override;
-  void on_answers(Connection& connection) override;
-  void on_ended(Connection& connection, const std::string& reason) override;
+  void on_reached(Path& path) override;
+  void on_unreached(Path& path, const std::string& reason) override;
+  void on_window() override;
+  void on_answer(Path& path, mirror::TargetDone&& done) override;
+  void on_lost(Path& path, const std::string& reason) override;
+  void on_settled() override { emit(); }
+  [[nodiscard]] bool may_join(const Offer& offer) const override {
+    return same(offer.info, offer_.info) && offer.multi_conn == offer_.multi_conn;
+  }
+  [[nodiscard]] std::uint64_t submissions() const override { return submissions_; }
 
  private:
-  using Clock = std::chrono::steady_clock;
   enum class Phase : std::uint8_t { idle, seeking, up, refused, closed };
+  // A flush, on each path that is used.
+  struct Flush {
+    std::vector<std::pair<Path*, std::uint64_t>> waits;  // and the writes that it covers there
+    IoError error = IoError::none;
+    std::chrono::steady_clock::time_point answered_at{};  // by a path, last
+  };
 
-  void add_slot();
-  void dial(Slot& slot);
-  void retry_later(const std::shared_ptr<Slot>& slot);
-  void came_up(Slot& slot);
-  void joined(const std::shared_ptr<Slot>& slot);
-  void lost(const std::string& reason, Duration delay);
+  void seek(bool later);
+  void came_up(Path& path);
+  void judge(Path& path);
+  void watch();
+  void check_silence();
+  [[nodiscard]] bool silent(const Path& path) const;
+  void deny(Path& path, const std::string& why);
+  void take_in(Path& path);
+  void refuse_path(Path& path, const std::string& why);
   void refuse(const std::string& why);
+  void rest_all();
   [[nodiscard]] std::string misfit(const mirror::TargetInfo& info) const;
-  void drop_slots();
-  [[nodiscard]] const std::shared_ptr<Slot>& slot_of(const Connection& connection) const;
-  Slot* choose(const mirror::DiskOp& op);
+  [[nodiscard]] ConnectionGrowth connections_wanted() const;
+  [[nodiscard]] Path* asked_for(PathId id) const;
+  [[nodiscard]] Path* choose(const mirror::DiskOp& op) const;
+  [[nodiscard]] bool flush(const mirror::DiskOp& op);
+  void flush_answered(Path& path, mirror::TargetDone&& done);
   bool answer_here(const mirror::DiskOp& op);
-  void take_answers(Slot& slot);
-  void vouch(std::uint64_t sequence);
+  [[nodiscard]] const char* state_of(const Path& path) const;
   [[nodiscard]] unsigned living() const;
-  [[nodiscard]] bool nobody_answers() const;
-  [[nodiscard]] std::uint32_t window_ops() const { return living() * connection_ops_max; }
-  [[nodiscard]] std::uint64_t window_bytes() const { return living() * connection_bytes_max; }
+  [[nodiscard]] mirror::TargetWindow window() const {
+    return {living() * connection_ops_max, living() * connection_bytes_max};
+  }
   void emit_soon();
   void emit();
 
   boost::asio::any_io_executor executor_;
-  TargetConfig config_;
-  Endpoint endpoint_;
+  const TargetConfig config_;
   EventHandler on_event_;
   Phase phase_ = Phase::idle;
   std::string session_;  // as long as some connection lives that is older than a loss
   bool was_up_ = false;
   bool silent_ = false;  // the Target is gone
   Offer offer_;          // of the first connection since TargetUp
-  std::vector<std::shared_ptr<Slot>> slots_;
+  std::vector<std::shared_ptr<Path>> paths_;
+  Path* main_ = nullptr;  // the one that was there first, for messages
   std::uint64_t submissions_ = 0;
-  bool doubts_ = false;              // some ready connection isn't certain
-  Clock::time_point answered_at_{};  // the last answer, on any connection
+  std::uint64_t last_id_ = 0;  // of a path that was found
+  std::map<OpId, Flush> flushes_;
+  boost::asio::steady_timer silence_timer_;
 
   std::vector<mirror::Event> outbox_;
   std::optional<mirror::Event> last_word_;  // TargetLost or TargetClosed: once all is answered
   bool emit_posted_ = false;
   bool emitting_ = false;
-  std::vector<Answer> answers_;  // scratch
-
-  std::uint64_t sent_bytes_ = 0;
-  Duration latency_{};  // smoothed
 };
+
+State::State(boost::asio::any_io_executor executor, TargetConfig config,
+             std::vector<Endpoint> endpoints, EventHandler on_event)
+    : executor_(std::move(executor)),
+      config_(std::move(config)),
+      on_event_(std::move(on_event)),
+      silence_timer_(executor_) {
+  for (auto& endpoint : endpoints) {
+    paths_.push_back(std::make_shared<Path>(executor_, std::move(endpoint), config_, *this));
+    paths_.back()->known = config_.known;
+  }
+}
 
 // --- events
 // ---------------------------------------------------------------------------------------
@@ -182,61 +204,55 @@ void State::open() {
   phase_ = Phase::seeking;
   was_up_ = false;
   session_ = new_session();
-  add_slot();
+  seek(false);
 }
 
-void State::add_slot() {
-  slots_.push_back(std::make_shared<Slot>(executor_));
-  dial(*slots_.back());
-}
-
-void State::dial(Slot& slot) {
-  slot.connection = std::make_shared<Connection>(
-      executor_,
-      ConnectionOptions{endpoint_, config_.migration_id, session_, config_.connect_timeout,
-                        config_.answer_timeout},
-      *this);
-  slot.connection->open();
-}
-
-void State::retry_later(const std::shared_ptr<Slot>& slot) {
-  slot->connection.reset();
-  slot->ready = slot->certain = false;
-  slot->retry.expires_after(slot->delay);
-  slot->delay = std::min(slot->delay * 2, retry_delay_max);
-  slot->retry.async_wait([weak = weak_from_this(),
-                          weak_slot = std::weak_ptr(slot)](const boost::system::error_code& error) {
-    const auto self = weak.lock();
-    const auto waiting = weak_slot.lock();
-    if (self && waiting && !error) self->dial(*waiting);
-  });
-}
-
-const std::shared_ptr<Slot>& State::slot_of(const Connection& connection) const {
-  const auto found = std::find_if(slots_.begin(), slots_.end(), [&](const auto& slot) {
-    return slot->connection.get() == &connection;
-  });
-  NBDFERRY_ASSERT(found != slots_.end(), "a connection that is heard has a slot");
-  return *found;
-}
-
-// Then a server hangs as a whole. One connection after the other would make the core, and after a pivot
-// the guest, wait as many times.
-bool State::nobody_answers() const { return Clock::now() - answered_at_ >= config_.answer_timeout; }
-
-unsigned State::living() const {
-  return static_cast<unsigned>(
-      std::count_if(slots_.begin(), slots_.end(), [](const auto& slot) { return slot->ready; }));
-}
-
-void State::on_ready(Connection& connection) {
-  const auto slot = slot_of(connection);
-  if (phase_ == Phase::seeking) {
-    came_up(*slot);
-  } else {
-    joined(slot);
+void State::seek(bool later) {
+  bool any = false;
+  for (const auto& path : paths_) {
+    if (!was_up_) path->forget_failure();  // all get their turn
+    if (!path->known || path->stage() == Path::Stage::refused) continue;
+    path->seek(session_, later);
+    any = true;
   }
-  emit();
+  if (!any) paths_.front()->seek(session_, later);  // the others follow if it can't be reached
+}
+
+void State::on_reached(Path& path) {
+  if (phase_ == Phase::seeking) {
+    came_up(path);
+  } else {
+    judge(path);
+  }
+}
+
+void State::on_unreached(Path& path, const std::string& reason) {
+  if (phase_ == Phase::up) {
+    path.probe(session_, true);
+    return;
+  }
+  if (was_up_) {
+    path.seek(session_, true);
+    return;
+  }
+  const auto next = std::find_if(paths_.begin(), paths_.end(), [](const auto& p) {
+    return p->stage() != Path::Stage::refused && p->failure().empty();
+  });
+  const bool others = std::any_of(paths_.begin(), paths_.end(),
+                                  [](const auto& p) { return p->stage() == Path::Stage::seeking; });
+  if (others) return;
+  if (next != paths_.end()) {
+    (*next)->seek(session_, false);
+  } else if (config_.patient) {
+    seek(true);
+  } else {
+    std::string why = reason;
+    for (const auto& p : paths_) {
+      if (p.get() != &path) why += fmt::format("; {}: {}", p->endpoint().name(), p->failure());
+    }
+    main_ = &path;
+    refuse(why);
+  }
 }
 
 // Why this export can't be the target; empty when it can.
@@ -249,92 +265,197 @@ std::string State::misfit(const mirror::TargetInfo& info) const {
   return {};
 }
 
-void State::came_up(Slot& slot) {
-  const auto why = misfit(slot.connection->offer().info);
+ConnectionGrowth State::connections_wanted() const {
+  if (!offer_.multi_conn) return {1, 1};
+  if (config_.connections == 0) {
+    const auto share = std::max(1U, connections_sum / static_cast<unsigned>(paths_.size()));
+    return {std::min(connections_first, share), std::min(connections_grown, share)};
+  }
+  const unsigned named = std::min(config_.connections, connections_max);
+  return {named, named};
+}
+
+void State::came_up(Path& path) {
+  const auto why = misfit(path.offer().info);
   if (!why.empty()) {
-    refuse(why);
+    const bool others = std::any_of(paths_.begin(), paths_.end(), [&](const auto& p) {
+      return p.get() != &path && p->known && p->stage() != Path::Stage::refused;
+    });
+    if (was_up_ && others) {
+      refuse_path(path, why);
+    } else {
+      main_ = &path;
+      refuse(why);
+    }
     return;
   }
+  main_ = &path;
   phase_ = Phase::up;
   was_up_ = true;
-  doubts_ = false;
-  answered_at_ = Clock::now();
-  offer_ = slot.connection->offer();
-  slot.ready = slot.certain = true;
-  outbox_.emplace_back(mirror::TargetUp{offer_.info, window_ops(), window_bytes()});
-
-  const unsigned wanted = config_.connections == 0 ? connections_chosen : config_.connections;
-  const unsigned count = offer_.multi_conn ? std::min(wanted, connections_max) : 1;
-  while (slots_.size() < count) add_slot();
+  offer_ = path.offer();
+  path.use(connections_wanted(), true);
+  const auto w = window();
+  outbox_.emplace_back(mirror::TargetUp{offer_.info, w.window_ops, w.window_bytes});
+  for (const auto& other : paths_) {
+    if (other.get() == &path || other->stage() == Path::Stage::refused) continue;
+    other->rest();
+    other->denials = 0;
+    // One connection at a time: what was proved waits until it is needed.
+    if (offer_.multi_conn || !other->known) other->probe(session_, false);
+  }
+  if (paths_.size() > 1) watch();
 }
 
-void State::joined(const std::shared_ptr<Slot>& slot) {
-  const Offer& offer = slot->connection->offer();
-  if (!same(offer.info, offer_.info) || offer.multi_conn != offer_.multi_conn) {
-    // Not what the core was told. If the server was restarted in another way, the older connections
-    // will notice soon, and all begins anew.
-    slot->connection->close();
-    retry_later(slot);
+// Another path has a connection, which has claimed nothing.
+void State::judge(Path& path) {
+  const Offer& offer = path.offer();
+  if (!may_join(offer)) {
+    deny(path, "the export there has another size, or offers something else");
+  } else if (!offer_.info.incoming) {
+    if (!path.known && ++path.denials > denials_max) {
+      refuse_path(path, "it is reached, and never answers");
+      return;
+    }
+    path.id = PathId{++last_id_};
+    mirror::PathFound found{path.id, {}, path.known};
+    std::random_device random;
+    for (auto& byte : found.nonce) byte = static_cast<std::byte>(random());
+    outbox_.emplace_back(found);
+  } else if (offer.knows_session) {
+    take_in(path);
+  } else {
+    deny(path, "the server there does not know this migration");
+  }
+}
+
+void State::deny(Path& path, const std::string& why) {
+  if (!path.known && ++path.denials >= denials_max) {
+    refuse_path(path, why);
     return;
   }
-  slot->ready = true;
-  slot->ready_at = submissions_;
-  doubts_ = true;
-  outbox_.emplace_back(mirror::TargetWindow{window_ops(), window_bytes()});
+  path.rest();
+  path.probe(session_, true);
 }
 
-void State::on_ended(Connection& connection, const std::string& reason) {
-  const auto slot = slot_of(connection);
-  const bool was_ready = slot->ready;
-  const auto first_answer = static_cast<std::ptrdiff_t>(outbox_.size());
-  take_answers(*slot);
-  retry_later(slot);
-  const bool certain_left =
-      std::any_of(slots_.begin(), slots_.end(), [](const auto& s) { return s->certain; });
-  if (phase_ == Phase::seeking && !was_up_ && !config_.patient) {
-    refuse(reason);
-  } else if (phase_ == Phase::up && (!certain_left || (connection.hung() && nobody_answers()))) {
-    lost(reason, slot->delay);
+void State::take_in(Path& path) {
+  if (!offer_.multi_conn) {
+    path.known = true;
+    path.rest();
+    return;
   }
-  if (was_ready) {
-    // Before the answers: what the core would send on their account must know the smaller window.
-    outbox_.insert(outbox_.begin() + first_answer,
-                   mirror::TargetWindow{window_ops(), window_bytes()});
-  }
-  emit();
+  // An incoming target takes writes only from connections that have claimed it.
+  path.use(connections_wanted(), !offer_.info.incoming);
+  on_window();
 }
 
-// The server may have restarted. What newer connections have in flight is given up as well: the
-// core decides anew once the target is up.
-void State::lost(const std::string& reason, Duration delay) {
-  drop_slots();
+void State::refuse_path(Path& path, const std::string& why) {
+  path.refuse();
+  const auto& first = main_->endpoint();
+  const auto like = main_ == &path ? std::string{}
+                                   : fmt::format(" (it should be the export of {})", first.name());
+  outbox_.emplace_back(mirror::PathRefused{
+      fmt::format("the path {} is not used: {}{}: check the servers, and start again",
+                  path.endpoint().name(), why, like)});
+}
+
+Path* State::asked_for(PathId id) const {
+  const auto it = std::find_if(paths_.begin(), paths_.end(), [&](const auto& path) {
+    return path->id == id && path->stage() == Path::Stage::reached;
+  });
+  return id == PathId{} || it == paths_.end() ? nullptr : it->get();
+}
+
+void State::use(PathId id) {
+  if (Path* path = asked_for(id)) take_in(*path);
+  emit_soon();
+}
+
+void State::refuse_path(PathId id, const std::string& reason) {
+  if (Path* path = asked_for(id)) refuse_path(*path, reason);
+  emit_soon();
+}
+
+void State::leave_path(PathId id) {
+  if (Path* path = asked_for(id)) {
+    if (!path->known) --path->denials;  // it was not asked to the end
+    path->rest();
+    path->probe(session_, true);
+  }
+  emit_soon();
+}
+
+// --- a path that says nothing
+
+void State::watch() {
+  silence_timer_.expires_after(config_.path_silence / checks_per_silence);
+  silence_timer_.async_wait([weak = weak_from_this()](const boost::system::error_code& error) {
+    const auto self = weak.lock();
+    if (!self || error || self->phase_ != Phase::up) return;
+    self->check_silence();
+    self->emit();
+    if (self->phase_ == Phase::up) self->watch();
+  });
+}
+
+void State::check_silence() {
+  for (const auto& path : paths_) {
+    if (silent(*path)) path->give_up("no answer, while other paths answer");
+  }
+}
+
+// Each answers the others' questions, too: what is slow is slow by all of them. A flush may take long, until
+// another path has had its answer.
+bool State::silent(const Path& path) const {
+  const auto now = std::chrono::steady_clock::now();
+  if (path.stage() != Path::Stage::used || path.ops() == 0) return false;
+  if (now - path.answered_at() < config_.path_silence) return false;
+  for (const auto& [id, flush] : flushes_) {
+    const bool waits = std::any_of(flush.waits.begin(), flush.waits.end(),
+                                   [&](const auto& wait) { return wait.first == &path; });
+    const bool alone = flush.answered_at != std::chrono::steady_clock::time_point{};
+    if (waits && (!alone || now - flush.answered_at < config_.path_silence)) return false;
+  }
+  return std::any_of(paths_.begin(), paths_.end(), [&](const auto& other) {
+    return other.get() != &path && other->certain() &&
+           now - other->heard_at() < config_.path_silence / 2;
+  });
+}
+
+void State::on_window() {
+  if (phase_ == Phase::up) outbox_.emplace_back(window());
+}
+
+// The core decides anew once the target is up, or goes on by the others.
+void State::on_lost(Path& path, const std::string& reason) {
+  const std::string what = fmt::format("{}: {}", path.endpoint().name(), reason);
+  const bool left =
+      std::any_of(paths_.begin(), paths_.end(), [](const auto& p) { return p->certain(); });
+  if (left) {
+    outbox_.emplace_back(mirror::PathLost{what, path.unflushed()});
+    path.probe(session_, true);
+    return;
+  }
+  rest_all();
   phase_ = Phase::seeking;
   session_ = new_session();
-  last_word_ = mirror::TargetLost{fmt::format("{}: {}", endpoint_.uri, reason)};
-  slots_.push_back(std::make_shared<Slot>(executor_));
-  slots_.front()->delay = delay;
-  retry_later(slots_.front());
+  last_word_ = mirror::TargetLost{what};
+  seek(true);
 }
 
 void State::refuse(const std::string& why) {
-  drop_slots();
+  rest_all();
   phase_ = Phase::refused;
-  outbox_.emplace_back(mirror::TargetRefused{fmt::format("{}: {}", endpoint_.uri, why)});
+  outbox_.emplace_back(mirror::TargetRefused{fmt::format("{}: {}", main_->endpoint().name(), why)});
 }
 
-void State::drop_slots() {
-  for (const auto& slot : slots_) {
-    if (!slot->connection) continue;
-    slot->connection->close();
-    take_answers(*slot);
-  }
-  slots_.clear();  // and with them their timers
+void State::rest_all() {
+  for (const auto& path : paths_) path->rest();
 }
 
 void State::close() {
   // First: what is answered lost here is not to be sent again.
   outbox_.emplace_back(mirror::TargetWindow{0, 0});
-  drop_slots();
+  rest_all();
   phase_ = Phase::closed;
   last_word_ = mirror::TargetClosed{};
   emit_soon();
@@ -342,7 +463,7 @@ void State::close() {
 
 void State::abandon() {
   silent_ = true;
-  drop_slots();
+  rest_all();
 }
 
 // --- operations
@@ -350,8 +471,10 @@ void State::abandon() {
 
 void State::submit(mirror::DiskOp&& op) {
   if (!answer_here(op)) {
-    if (Slot* slot = choose(op); slot != nullptr) {
-      slot->connection->post(std::move(op), ++submissions_);
+    if (op.command == Command::flush) {
+      if (flush(op)) return;
+    } else if (Path* path = choose(op); path != nullptr) {
+      path->post(std::move(op), ++submissions_);
       return;
     }
     outbox_.emplace_back(mirror::TargetDone{op.id, IoError::lost, {}, {}});
@@ -392,72 +515,100 @@ bool State::answer_here(const mirror::DiskOp& op) {
   return true;
 }
 
-// The connection with the least in flight. If all have just died, and have not been able to say so, one
-// of them: it answers when it does. An answer from here would come before the smaller window, and who asks
-// again at once would be answered so for ever, while nothing else gets its turn.
-Slot* State::choose(const mirror::DiskOp& op) {
-  Slot* best = nullptr;
+// The path by which it is through first: so unequal ones each carry what they can, and what is small does
+// not wait behind bulk on a slow one.
+Path* State::choose(const mirror::DiskOp& op) const {
+  if (op.path != PathId{}) return asked_for(op.path);
+  double fastest = 0;
   std::uint64_t in_flight = 0;
-  for (const auto& slot : slots_) {
-    if (!slot->ready) continue;
-    in_flight += slot->connection->ops();
-    if (op.command == Command::flush && !slot->certain) continue;
-    const auto rank = [](const Slot& s) {
-      return std::pair(!s.connection->is_ready(), s.connection->cost());
-    };
-    if (best == nullptr || rank(*slot) < rank(*best)) best = slot.get();
+  for (const auto& path : paths_) {
+    fastest = std::max(fastest, path->rate());
+    in_flight += path->ops();
   }
-  NBDFERRY_ASSERT(in_flight <= slots_.size() * connection_ops_max + flushes_max,
+  NBDFERRY_ASSERT(in_flight <= living() * connection_ops_max + flushes_max * paths_.size(),
                   "the core keeps within the window");
+  if (fastest == 0) fastest = 1e9;
+  Path* best = nullptr;
+  std::pair<bool, double> best_rank;
+  for (const auto& path : paths_) {
+    if (path->stage() != Path::Stage::used || !path->can_take(op.command)) continue;
+    const auto rank = path->rank(op.range.length(), fastest);
+    if (best != nullptr && rank >= best_rank) continue;
+    best = path.get();
+    best_rank = rank;
+  }
   return best;
 }
 
-void State::on_answers(Connection& connection) {
-  take_answers(*slot_of(connection));
-  emit();
-}
-
-void State::take_answers(Slot& slot) {
-  answers_.clear();
-  slot.connection->take_answers(answers_);
-  std::uint64_t answered = 0;
-  for (auto& answer : answers_) {
-    if (answer.done.error != IoError::lost) {
-      answered = std::max(answered, answer.sequence);
-      sent_bytes_ += answer.sent_bytes;
-      if (answer.latency != Duration{}) {
-        latency_ =
-            latency_ == Duration{} ? answer.latency : latency_ + (answer.latency - latency_) / 8;
-      }
+bool State::flush(const mirror::DiskOp& op) {
+  Flush flush;
+  for (const auto& path : paths_) {
+    if (path->stage() == Path::Stage::used && path->can_take(Command::flush)) {
+      flush.waits.emplace_back(path.get(), path->writes());
     }
-    outbox_.emplace_back(std::move(answer.done));
   }
-  if (answered == 0) return;
-  answered_at_ = Clock::now();
-  slot.delay = retry_delay_min;  // it works: the next loss is news again
-  if (slot.certain && doubts_) vouch(answered);
+  if (flush.waits.empty()) return false;
+  const auto waits = flush.waits;
+  flushes_.emplace(op.id, std::move(flush));
+  for (const auto& [path, writes] : waits) path->post(mirror::DiskOp(op), ++submissions_);
+  return true;
 }
 
-// A certain connection has answered this submission: whatever was ready before it is as certain.
-void State::vouch(std::uint64_t sequence) {
-  doubts_ = false;
-  for (const auto& slot : slots_) {
-    if (!slot->ready || slot->certain) continue;
-    slot->certain = slot->ready_at < sequence;
-    if (!slot->certain) doubts_ = true;
+void State::flush_answered(Path& path, mirror::TargetDone&& done) {
+  const auto it = flushes_.find(done.id);
+  auto& waits = it->second.waits;
+  auto& error = it->second.error;
+  const auto of_path = std::find_if(waits.begin(), waits.end(),
+                                    [&](const auto& wait) { return wait.first == &path; });
+  if (done.error == IoError::none) path.flushed(of_path->second);
+  if (error == IoError::none) error = done.error;
+  waits.erase(of_path);
+  it->second.answered_at = std::chrono::steady_clock::now();
+  if (!waits.empty()) return;
+  done.error = error;
+  flushes_.erase(it);
+  outbox_.emplace_back(std::move(done));
+}
+
+void State::on_answer(Path& path, mirror::TargetDone&& done) {
+  if (flushes_.contains(done.id)) {
+    flush_answered(path, std::move(done));
+  } else {
+    outbox_.emplace_back(std::move(done));
   }
 }
 
-PathState State::path() const {
-  PathState out;
-  out.uri = endpoint_.uri;
-  out.connections = living();
-  out.state = phase_ == Phase::up                    ? "up"
-              : phase_ == Phase::seeking && !was_up_ ? "connecting"
-                                                     : "down";
-  out.sent_bytes = sent_bytes_;
-  out.rtt_us = static_cast<std::uint64_t>(latency_.count() / 1000);
-  out.nbdferry = offer_.info.incoming;
+// --- state
+// -----------------------------------------------------------------------------------------
+
+unsigned State::living() const {
+  unsigned sum = 0;
+  for (const auto& path : paths_) sum += path->living();
+  return sum;
+}
+
+const char* State::state_of(const Path& path) const {
+  if (path.stage() == Path::Stage::refused) return "refused";
+  if (path.living() != 0) return "up";
+  if (phase_ == Phase::seeking && !was_up_) return "connecting";
+  if (phase_ != Phase::up) return "down";
+  if (!offer_.multi_conn && path.known) return "standby";
+  return path.failure().empty() ? "connecting" : "down";
+}
+
+std::vector<PathState> State::paths() const {
+  std::vector<PathState> out;
+  for (const auto& path : paths_) {
+    PathState& state = out.emplace_back();
+    state.uri = path->endpoint().uri;
+    state.via = path->endpoint().via;
+    state.state = state_of(*path);
+    state.known = path->known && path->stage() != Path::Stage::refused;
+    state.connections = path->living();
+    state.sent_bytes = path->sent_bytes();
+    state.rtt_us = static_cast<std::uint64_t>(path->latency().count() / 1000);
+    state.nbdferry = offer_.info.incoming;
+  }
   return out;
 }
 
@@ -469,7 +620,12 @@ class TargetOverLibnbd final : public Target {
   void open() override { state_->open(); }
   void submit(mirror::DiskOp&& op) override { state_->submit(std::move(op)); }
   void close() override { state_->close(); }
-  [[nodiscard]] std::vector<PathState> paths() const override { return {state_->path()}; }
+  void use(PathId path) override { state_->use(path); }
+  void refuse(PathId path, const std::string& reason) override {
+    state_->refuse_path(path, reason);
+  }
+  void leave(PathId path) override { state_->leave_path(path); }
+  [[nodiscard]] std::vector<PathState> paths() const override { return state_->paths(); }
 
  private:
   std::shared_ptr<State> state_;
@@ -479,12 +635,9 @@ class TargetOverLibnbd final : public Target {
 
 std::unique_ptr<Target> Target::create(boost::asio::any_io_executor executor, TargetConfig config,
                                        EventHandler on_event) {
-  if (config.uris.size() != 1) {
-    throw std::invalid_argument("target: exactly one URI is supported: leave the others out");
-  }
-  auto endpoint = parse_uri(config.uris.front());
+  auto endpoints = parse_paths(config.uris, config.vias, config.tls);
   return std::make_unique<TargetOverLibnbd>(std::make_shared<State>(
-      std::move(executor), std::move(config), std::move(endpoint), std::move(on_event)));
+      std::move(executor), std::move(config), std::move(endpoints), std::move(on_event)));
 }
 
 }  // namespace nbdferry::transport

@@ -2,7 +2,7 @@
 """Runs the benches that are named and prints what they found: a table, and a line of JSON for each
 result. Started by scripts/bench.sh, which builds what is measured.
 
-usage: bench.py [--runs N] copy|link|mirror|memory|front|vm...
+usage: bench.py [--runs N] copy|link|mirror|transport|memory|front|vm...
 
 `link` is the first case of `mirror`, alone.
 """
@@ -29,7 +29,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=positive, default=10)
     parser.add_argument("names", nargs="+", choices=[
-        "copy", "link", "mirror", "memory", "front", "vm"])
+        "copy", "link", "mirror", "transport", "memory", "front", "vm"])
     arguments = parser.parse_args()
     # So that processes, namespaces and files go in every case.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

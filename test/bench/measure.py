@@ -213,7 +213,7 @@ class Nbdkit:
 
     def __init__(self, scratch, *plugin, prefix=(), host="127.0.0.1"):
         self.scratch = scratch
-        port = ferry.free_port()
+        port = self.port = ferry.free_port()
         self.uri = f"nbd://{host}:{port}"
         self.process = scratch.start("nbdkit", [*prefix, "nbdkit", "-f", "-i", host, "-p",
                                                 str(port), *plugin])

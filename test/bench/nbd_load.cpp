@@ -49,7 +49,8 @@ struct Options {
   unsigned depth = 16;
   double seconds = 0;  // 0: until a signal
   std::uint64_t seed = 1;
-  unsigned bytes = 0;  // of each request; 0: 512 bytes to 64 KiB, in sectors
+  unsigned bytes = 0;      // of each request; 0: 512 bytes to 64 KiB, in sectors
+  std::uint64_t span = 0;  // requests keep to so many bytes at the beginning; 0: all of the disk
   unsigned read_percent = 0;
   unsigned zero_percent = 0;
   unsigned fua_percent = 0;
@@ -197,6 +198,9 @@ class Load {
     const auto size = nbd_get_size(nbd_.get());
     if (size < 2 * std::int64_t{request_bytes_max}) throw std::runtime_error("too small a disk");
     size_ = static_cast<std::uint64_t>(size);
+    span_ = options_.span == 0
+                ? size_
+                : std::clamp<std::uint64_t>(options_.span, 2 * request_bytes_max, size_);
     shadow_ = std::make_unique<Shadow>(options_.shadow, size_);
     slots_.resize(options_.depth);
     if (!options_.windows.empty()) windows_ = std::make_unique<Windows>(options_.windows);
@@ -282,7 +286,7 @@ class Load {
       slot.length = options_.bytes > 0
                         ? options_.bytes
                         : sector * static_cast<unsigned>(1 + below(request_bytes_max / sector));
-      slot.offset = below((size_ - slot.length) / unit + 1) * unit;
+      slot.offset = below((span_ - slot.length) / unit + 1) * unit;
       if (!overlaps(slot.offset, slot.length)) return true;
     }
     return false;
@@ -411,6 +415,7 @@ class Load {
   std::mt19937_64 random_;
   std::unique_ptr<nbd_handle, Close> nbd_;
   std::uint64_t size_ = 0;
+  std::uint64_t span_ = 0;  // requests keep to it
   std::unique_ptr<Shadow> shadow_;
   std::vector<Slot> slots_;  // as many as may be in flight
   unsigned in_flight_ = 0;
@@ -440,6 +445,7 @@ int main(int argc, char** argv) {
   app.add_option("--seed", options.seed);
   app.add_option("--bytes", options.bytes, "Of each request; 0: random")
       ->check(CLI::Range(0U, request_bytes_max));
+  app.add_option("--span", options.span, "Bytes at the beginning that it keeps to; 0: all");
   app.add_option("--read-percent", options.read_percent)->check(CLI::Range(0U, 100U));
   app.add_option("--zero-percent", options.zero_percent)->check(CLI::Range(0U, 100U));
   app.add_option("--fua-percent", options.fua_percent)->check(CLI::Range(0U, 100U));

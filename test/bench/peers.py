@@ -17,20 +17,49 @@ LINK_BYTES_PER_SECOND = 1e9 / 8
 TARGET_HOST = "10.77.1.2"
 
 
+class Hosts:
+    """Two network namespaces, the source's and the target's, and the wires between them: wire N has the
+    addresses 10.77.N.1 and 10.77.N.2, and is numbered from 1."""
+
+    def __init__(self):
+        self.names = [f"nbdferry-{side}-{os.getpid()}" for side in ("src", "dst")]
+        self.prefixes = [["ip", "netns", "exec", name] for name in self.names]
+
+    @staticmethod
+    def ends(number):
+        return [f"nf{side}{number}-{os.getpid()}" for side in ("s", "d")]
+
+    def add_wire(self, number, rate, queue):
+        """What the source sends is limited to the rate (as tc writes it)."""
+        ends = self.ends(number)
+        ferry.wire(self.names, ends, [f"10.77.{number}.1/24", f"10.77.{number}.2/24"])
+        ferry.limit_rate(self.names[0], ends[0], rate, queue)
+
+    def cut(self, number):
+        ferry.run_ok(["ip", "-n", self.names[1], "link", "set", self.ends(number)[1], "down"])
+
+
+@contextlib.contextmanager
+def hosts(rates, queue="50ms"):
+    """Two of them, with a wire for each rate; gone in any case."""
+    pair = Hosts()
+    try:
+        for name in pair.names:
+            ferry.run_ok(["ip", "netns", "add", name])
+            ferry.run_ok(["ip", "-n", name, "link", "set", "lo", "up"])
+        for number, rate in enumerate(rates, start=1):
+            pair.add_wire(number, rate, queue)
+        yield pair
+    finally:
+        for name in pair.names:
+            ferry.run(["ip", "netns", "del", name])
+
+
 @contextlib.contextmanager
 def link(queue="50ms"):
     """Two hosts and a wire of 1 Gb/s between them: yields (source's prefix, target's prefix)."""
-    names = [f"nbdferry-{side}-{os.getpid()}" for side in ("src", "dst")]
-    ends = [f"nf{side}{os.getpid()}" for side in ("s", "d")]
-    try:
-        for name in names:
-            ferry.run_ok(["ip", "netns", "add", name])
-        ferry.wire(names, ends, ["10.77.1.1/24", f"{TARGET_HOST}/24"])
-        ferry.limit_rate(names[0], ends[0], "1gbit", queue)
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        for name in names:
-            ferry.run(["ip", "netns", "del", name])
+    with hosts(["1gbit"], queue) as pair:
+        yield pair.prefixes
 
 
 @contextlib.contextmanager

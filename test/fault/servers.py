@@ -8,6 +8,7 @@ import signal
 import sys
 
 import ferry
+import nbd
 from ferry import wait_until
 
 QEMU_NBD = ["qemu-nbd", "-t", "-e", "16", "-f", "raw", "-x", "", "--discard=unmap"]
@@ -120,6 +121,28 @@ def filtered(filters, *parameters):
 
 def nbdkit(world):
     return tcp_nbdkit(world, ["file", world.image])
+
+
+def volatile(world):
+    """nbdkit with a cache that only a flush writes to the target's file: killed, it has lost the rest."""
+    class Volatile(Server):
+        lost = 0  # bytes
+
+        def kill(self):
+            length = world.size // 2
+            connection, _size = nbd.dial(self.address, 20)
+            with connection:
+                connection.sendall(nbd.request(0, 1, 0, length))
+                held = nbd.receive(connection, 16 + length)[16:]
+            super().kill()
+            left = pathlib.Path(world.image).read_bytes()
+            self.lost += sum(4096 for at in range(0, length, 4096)
+                             if held[at:at + 4096] != left[at:at + 4096])
+
+        def fired(self):
+            return self.lost > 0
+
+    return tcp_nbdkit(world, ["--filter=cache", "file", world.image], Volatile, "volatile")
 
 
 def qemu_nbd(world):

@@ -152,6 +152,10 @@ def limit_rate(namespace, end, rate, latency="50ms"):
             "burst", "256kb", "latency", latency])
 
 
+def same_bytes(a, b):
+    return run(["cmp", "-s", a, b]).returncode == 0
+
+
 def same(a, b, what):
     """Byte for byte."""
     result = run(["cmp", a, b])

@@ -45,12 +45,13 @@ def _negotiate(connection, contexts):
     return size
 
 
-def dial(path, seconds, contexts=()):
-    """(socket, size of the disk): ready for requests. With meta contexts: replies are structured."""
-    connection = socket.socket(socket.AF_UNIX)
+def dial(address, seconds, contexts=()):
+    """To a unix path or a (host, port): (socket, size of the disk), ready for requests. With meta contexts:
+    replies are structured."""
+    connection = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
     connection.settimeout(seconds)
     try:
-        connection.connect(path)
+        connection.connect(address)
         return connection, _negotiate(connection, contexts)
     except OSError:
         connection.close()

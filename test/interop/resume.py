@@ -144,6 +144,27 @@ def incoming(rig):
     there.stop()
 
 
+def forgetful(rig):
+    """Both are killed, and what the target had not flushed is gone: that is sent again, not all of it."""
+    plugin = ("--filter=cache", "file", rig.target)
+    uri = ferry.nbdkit(rig.scratch, *plugin)
+    server = rig.scratch.processes[-1]
+    rig.serve()
+    load = ferry.Load(rig.scratch, rig.disk.uri, rig.image, "--rate", "1000", "--bytes", "4096")
+    rig.disk.ok("migrate", "--trust-target", "--quarantine", "1s", uri)
+    ferry.wait_until(lambda: rig.disk.status()["stale_bytes"] == 0, "all to be copied")
+    time.sleep(0.8)  # some of it is flushed, some not
+    rig.kill(load)
+    server.kill()
+    server.wait()
+    check(not ferry.same_bytes(rig.image, rig.target), "something is lost, or this proves nothing")
+    remove(uri)
+    ferry.nbdkit(rig.scratch, *plugin)
+    rig.serve()
+    ferry.wait_until(lambda: resumed(rig)["resumed_bytes"] > 0, "the target to be reached")
+    rig.finish(verify=False)
+
+
 def differing(rig):
     """A verification found a difference, and we were killed: the switchover waits for the operator."""
     os.unlink(rig.target)
@@ -331,7 +352,7 @@ def nowhere(rig):
 
 def main(case):
     with ferry.Scratch() as scratch, state_directory() as state:
-        {f.__name__: f for f in (killed, incoming, differing, stopped, options, paused, touched, replaced, failed,
+        {f.__name__: f for f in (killed, incoming, forgetful, differing, stopped, options, paused, touched, replaced, failed,
                                  pivoted, leaving, nowhere)}[case](Rig(scratch, state))
         check(not os.listdir(state) or case in ("pivoted", "leaving"), f"left: {os.listdir(state)}")
 

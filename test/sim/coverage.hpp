@@ -54,6 +54,9 @@ enum class Case : unsigned {
   died_with_target,
   suspended,
   distrusted,
+  path_used,
+  path_refused,
+  path_lost,
   count,
 };
 
@@ -103,6 +106,9 @@ inline constexpr std::array<std::string_view, static_cast<unsigned>(Case::count)
     "died_with_target",
     "suspended",
     "distrusted",
+    "path_used",
+    "path_refused",
+    "path_lost",
 };
 
 // Plain data: lives in memory shared with the worker processes.

@@ -46,6 +46,7 @@ void Driver::step() {
   offer(w_.record_pending(), 8, &Driver::write_record);
   offer(true, s.operator_weight, &Driver::operate);
   offer(s.losses && w_.target().up(), w_.serving() == Serving::target ? 10 : 1, &Driver::lose);
+  offer(s.paths && w_.target().up(), 2, &Driver::find_path);
   offer(true, w_.target().link() == Link::refused ? 6 : 1, &Driver::jump);
   offer(true, 1, &Driver::stall);
   offer(true, 2, &Driver::meddle);
@@ -115,12 +116,27 @@ void Driver::refuse() {
 void Driver::lose() {
   TargetModel& t = w_.target();
   if (t.can_lose_connection() && prng_.chance(1, 3)) {
-    w_.apply(t.lose_connection());
+    if (w_.setup().paths && prng_.chance(1, 2)) {
+      w_.lose_path();
+    } else {
+      w_.apply(t.lose_connection());
+    }
   } else if (t.can_regain_connection() && prng_.chance(1, 2)) {
     w_.apply(t.regain_connection());
   } else if (prng_.chance(1, 2)) {
     if (w_.serving() == Serving::target) w_.cases().saw(Case::pivot_with_loss);
     w_.lose_target();
+  }
+}
+
+// Another way to the target, or to something else; or one goes before it could be told.
+void Driver::find_path() {
+  constexpr std::size_t most = 2;
+  TargetModel& t = w_.target();
+  if (t.found_paths() < most && prng_.chance(2, 3)) {
+    w_.apply(t.find_path());
+  } else if (t.found_paths() != 0 && prng_.chance(1, 4)) {
+    t.lose_found_path();
   }
 }
 

@@ -31,6 +31,7 @@ class Driver {
   void answer_link();
   void refuse();
   void lose();
+  void find_path();
   void jump();
   void stall();
   void crash();

@@ -119,6 +119,11 @@ void Driver::finish_source() {
   unlimited.deadline = Duration{0};
   w_.command(std::move(unlimited));
   level();
+  if (w_.setup().paths && w_.target().up()) w_.apply(w_.target().find_path());
+  // Where nothing can be read no block is to spare.
+  settle("a path's proof",
+         [&] { return w_.target().found_paths() == 0 || w_.status().unreadable_bytes != 0; });
+  level();
   if (w_.serving() == Serving::source && w_.setup().corruption) find_corruption();
   // By --switch it may already be under way; else it is ours to do.
   bool prepared = false;

@@ -23,7 +23,7 @@ namespace nbdferry::sim {
 namespace {
 
 // Of what a seed means: raised when the simulator draws differently, so that old seeds are marked.
-constexpr unsigned format_version = 9;
+constexpr unsigned format_version = 10;
 constexpr unsigned history_seconds_max = 30;
 constexpr std::uint64_t coverage_histories_min = 10'000;
 

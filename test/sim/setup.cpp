@@ -99,6 +99,7 @@ Setup make_setup(Prng& prng) {
   s.restarts = prng.chance(2, 3);
   s.crashes = prng.chance(s.pivots ? 3 : 2, 4);
   s.fences = prng.chance(1, 4);
+  s.paths = prng.chance(1, 3);
   s.corruption = !s.pivots && prng.chance(1, 10);
   if (!prng.chance(1, 8)) {
     s.journal_bytes = (1 + prng.pick({1U, 2U, 4U, 128U})) * mirror::Journal::slot_bytes;

@@ -41,6 +41,7 @@ struct Setup {
   std::uint64_t journal_bytes = 0;
   std::uint64_t journal_bytes_max = 0;
   bool fences = false;      // the target confirms that older connections are dead, and who it is
+  bool paths = false;       // there are other ones, to the same target or to another one
   bool corruption = false;  // silent, on the target; such histories never pivot
   bool check_invariants = false;  // after each event
   bool tick_always = false;       // ticks even when the core does not want them

@@ -60,6 +60,7 @@ void TargetModel::close(Time now) {
   require(link_ != Link::closed && link_ != Link::closing, "target: closed while it is closed");
   if (link_ == Link::up) down_since_ = now;
   link_ = Link::closing;
+  forget_paths();
   living_ = 0;
   for (auto& f : flights_) f.doomed = true;
 }
@@ -85,6 +86,8 @@ void TargetModel::check(const mirror::DiskOp& op) const {
               bytes_in_flight_ + cost <= living_ * setup_.window_bytes,
           "target: {} beyond the window's {} bytes ({} in flight)", op,
           living_ * setup_.window_bytes, bytes_in_flight_);
+  require(op.path == PathId{} || op.command == Command::read,
+          "target: {} by a path that is not used", op);
   if (op.command == Command::write) {
     require(op.payload.size() == op.range.length(), "target: {} carries {} bytes", op,
             op.payload.size());
@@ -114,7 +117,7 @@ void TargetModel::submit(mirror::DiskOp&& op) {
   IoError error = IoError::none;
   bool inert = false;
   if (!healthy_ && setup_.target_errors && prng_.chance(1, 25)) {
-    error = prng_.pick({IoError::io, IoError::no_space, IoError::invalid});
+    error = prng_.pick({IoError::io, IoError::no_space, IoError::invalid, IoError::shutdown});
     inert = prng_.chance(1, 3);
   }
   if (!healthy_ && setup_.flush_errors && op.command == Command::flush && prng_.chance(1, 3)) {
@@ -133,6 +136,10 @@ void TargetModel::submit(mirror::DiskOp&& op) {
   }
   Flight& f = flights_.emplace_back(std::move(op), error, inert, image);
   f.connection = static_cast<unsigned>(prng_.below(living_));
+  if (const PathId path = f.op().path; path != PathId{}) {
+    f.connection = UINT_MAX;
+    f.doomed = found(path) == nullptr;
+  }
   f.event = event_;
 }
 
@@ -222,6 +229,15 @@ mirror::TargetDone TargetModel::answer(Time now) {
   if (f.op().command == Command::flush) sheltered_ = retained_ = false;
   if (f.op().command == Command::read) done.data = f.take_data();
   if (f.op().command == Command::checksum) done.checksum = f.checksum();
+  if (const Found* path = found(f.op().path); path != nullptr && !path->same) {
+    Buffer other(f.op().range.length());
+    if (prng_.chance(1, 2)) {
+      fill_pattern(other.data(), f.op().range, 4);
+    } else {
+      std::fill(other.bytes().begin(), other.bytes().end(), std::byte{0});
+    }
+    done.data = std::move(other).freeze();
+  }
   if (f.op().command == Command::block_status) {
     if (setup_.target.has_allocation) {
       f.make_extents(image, setup_.target.block_min, true, setup_.status_lags ? &ours_ : nullptr,
@@ -234,10 +250,16 @@ mirror::TargetDone TargetModel::answer(Time now) {
   return done;
 }
 
+bool TargetModel::reading() const {
+  return std::any_of(flights_.begin(), flights_.end(),
+                     [](const Flight& f) { return f.op().command == Command::read; });
+}
+
 mirror::TargetWindow TargetModel::lose_all(Time now) {
   link_ = Link::dying;
   living_ = 0;
   down_since_ = now;
+  forget_paths();
   for (auto& f : flights_) f.doomed = true;
   return window();
 }
@@ -271,11 +293,60 @@ mirror::TargetWindow TargetModel::regain_connection() {
   return window();
 }
 
+mirror::PathLost TargetModel::lose_path(bool may_restart) {
+  // A flush is good when it is on every path.
+  for (auto& f : flights_) f.doomed = f.doomed || f.op().command == Command::flush;
+  const bool unflushed = prng_.chance(3, 4);
+  if (unflushed && may_restart && setup_.restarts && prng_.chance(1, 2)) restart();
+  return {"the simulator cut it", unflushed};
+}
+
+// --- other paths
+
+mirror::PathFound TargetModel::find_path() {
+  const bool same = prng_.chance(2, 3);
+  found_.push_back({PathId{++last_path_}, same, same && prng_.chance(1, 2)});
+  mirror::PathFound event;
+  event.path = found_.back().id;
+  event.known = found_.back().known;
+  for (auto& b : event.nonce) b = static_cast<std::byte>(prng_.below(256));
+  return event;
+}
+
+void TargetModel::lose_found_path() {
+  gone_.push_back(found_[prng_.below(found_.size())].id);
+  leave(gone_.back());
+}
+
+void TargetModel::leave(PathId path) {
+  for (auto& f : flights_) f.doomed = f.doomed || f.op().path == path;
+  std::erase_if(found_, [&](const Found& f) { return f.id == path; });
+}
+
+const TargetModel::Found* TargetModel::found(PathId path) const {
+  for (const auto& f : found_) {
+    if (f.id == path) return &f;
+  }
+  return nullptr;
+}
+
+TargetModel::OtherPath TargetModel::decided(PathId path) {
+  if (const Found* f = found(path)) {
+    const OtherPath what = f->known  ? OtherPath::known
+                           : f->same ? OtherPath::same
+                                     : OtherPath::another;
+    std::erase_if(found_, [&](const Found& o) { return o.id == path; });
+    return what;
+  }
+  return std::erase(gone_, path) != 0 ? OtherPath::gone : OtherPath::unknown;
+}
+
 void TargetModel::lose_client(Time now, bool sheltered, bool retained) {
   sheltered_ = sheltered_ || sheltered;
   retained_ = retained;
   for (auto& f : flights_) make_zombie(std::move(f), now);
   flights_.clear();
+  forget_paths();
   bytes_in_flight_ = 0;
   living_ = 0;
   if (link_ == Link::up) down_since_ = now;

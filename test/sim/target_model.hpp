@@ -30,6 +30,7 @@ class TargetModel {
     return link_ != Link::up && link_ != Link::closed && link_ != Link::refused;
   }
   [[nodiscard]] bool busy() const { return !flights_.empty(); }
+  [[nodiscard]] bool reading() const;
   // Memory that writes in flight stand for, counted as the core's buffer counts it.
   [[nodiscard]] std::uint64_t buffer_in_flight() const;
   [[nodiscard]] std::uint64_t losses() const { return losses_; }
@@ -54,6 +55,18 @@ class TargetModel {
   [[nodiscard]] mirror::TargetWindow lose_connection();
   [[nodiscard]] bool can_regain_connection() const { return up() && living_ < setup_.connections; }
   [[nodiscard]] mirror::TargetWindow regain_connection();
+  // The one that was lost was the last of its path, perhaps to a server of its own, which has restarted.
+  [[nodiscard]] mirror::PathLost lose_path(bool may_restart);
+
+  // Other paths, to this export or to another one.
+  enum class OtherPath { same, known, another, gone, unknown };
+  [[nodiscard]] mirror::PathFound find_path();
+  void lose_found_path();
+  [[nodiscard]] std::size_t found_paths() const { return found_.size(); }
+  // The core has decided; what it is, or was.
+  [[nodiscard]] OtherPath decided(PathId path);
+  // It is to let go of it: it is as if it had gone.
+  void leave(PathId path);
   // All of them at once: the window is zero from now on, then what is in flight is answered as
   // lost.
   [[nodiscard]] mirror::TargetWindow lose_all(Time now);
@@ -97,6 +110,16 @@ class TargetModel {
     std::uint64_t losses;  // how many there had been when it was sent
   };
 
+  struct Found {
+    PathId id;
+    bool same;
+    bool known;
+  };
+
+  [[nodiscard]] const Found* found(PathId path) const;
+  void forget_paths() {
+    while (!found_.empty()) lose_found_path();
+  }
   void renew();
   void appear(Zombie& zombie);
   void restart();
@@ -124,6 +147,9 @@ class TargetModel {
   Time down_since_{0};
   std::uint64_t bytes_in_flight_ = 0;
   std::vector<Flight> flights_;
+  std::vector<Found> found_;  // and not decided
+  std::vector<PathId> gone_;  // before the core had decided
+  std::uint64_t last_path_ = 0;
   mirror::DiskOp last_;
   std::vector<Zombie> zombies_;
   // The event in which a unit was corrupted, or written by a zombie; 0: not.

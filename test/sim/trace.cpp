@@ -42,6 +42,11 @@ struct EventText {
   S operator()(const mirror::TargetLost&) const { return "target lost"; }
   S operator()(const mirror::TargetRefused&) const { return "target refused"; }
   S operator()(const mirror::TargetClosed&) const { return "target closed"; }
+  S operator()(const mirror::PathFound& e) const {
+    return fmt::format("path {} found{}", number(e.path), e.known ? ", known" : "");
+  }
+  S operator()(const mirror::PathLost&) const { return "path lost"; }
+  S operator()(const mirror::PathRefused&) const { return "path refused"; }
   S operator()(const mirror::RecordWritten& e) const {
     return fmt::format("record written: {}", e.ok);
   }
@@ -92,6 +97,15 @@ struct ActionText {
   }
   S operator()(const mirror::OpenTarget&) const { return "  open target"; }
   S operator()(const mirror::CloseTarget&) const { return "  close target"; }
+  S operator()(const mirror::UsePath& a) const {
+    return fmt::format("  use path {}", number(a.path));
+  }
+  S operator()(const mirror::RefusePath& a) const {
+    return fmt::format("  refuse path {}: {}", number(a.path), a.reason);
+  }
+  S operator()(const mirror::LeavePath& a) const {
+    return fmt::format("  leave path {}", number(a.path));
+  }
   S operator()(const mirror::WriteRecord& a) const {
     return fmt::format("  write record: {}", name(a.kind));
   }
@@ -124,7 +138,8 @@ std::string describe(ByteRange range) { return fmt::format("[{}, {})", range.beg
 std::string describe(const mirror::DiskOp& op) {
   return fmt::format("{} {} {}{}{}{}", to_string(op.command), number(op.id), describe(op.range),
                      op.fua ? " fua" : "", op.may_hole ? "" : " no_hole",
-                     op.fast_only ? " fast" : "");
+                     op.fast_only ? " fast" : "") +
+         (op.path != PathId{} ? fmt::format(" by path {}", number(op.path)) : "");
 }
 
 std::string describe(const mirror::Event& event) { return std::visit(EventText{}, event); }

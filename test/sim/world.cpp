@@ -4,6 +4,7 @@
 
 #include "mirror/journal.hpp"
 #include "mirror/resume_map.hpp"
+#include "mirror/token_bucket.hpp"
 
 namespace nbdferry::sim {
 
@@ -70,13 +71,22 @@ void World::complete_source() {
 
 void World::answer_target() {
   TargetDone done = target_.answer(now_);
+  const bool leaves = done.error == IoError::shutdown;
   if (serving_ == Serving::target && done.error != IoError::none) {
     target_failed_ = true;
-    if (done.error != IoError::lost) {
+    if (done.error != IoError::lost && !leaves) {
       guest_.disk_failed(target_.last().command, target_.last().range, event_ + 1);
     }
   }
   apply(std::move(done));
+  if (leaves && target_.up()) lose_target();
+}
+
+// One of its connections, and with it a path. What the guest is just reading is not asked for again.
+void World::lose_path() {
+  apply(target_.lose_connection());
+  apply(target_.lose_path(serving_ == Serving::source || !target_.reading()));
+  cases_.saw(Case::path_lost);
 }
 
 void World::come_up() {
@@ -257,7 +267,8 @@ void World::set(Set&& event) {
 void World::act(SubmitTarget& a) {
   if (bandwidth_ != 0 && serving_ == Serving::source && a.op.command == Command::write) {
     // One operation may overdraw it; and there is a little for bursts.
-    const double seconds = std::chrono::duration<double>(now_ - limited_since_).count() + 0.021;
+    const double seconds = std::chrono::duration<double>(now_ - limited_since_).count() +
+                           TokenBucket::burst_seconds + 0.001;
     require(static_cast<double>(sent_since_) <= static_cast<double>(bandwidth_) * seconds,
             "{} bytes sent in {} s, at a limit of {} bytes/s", sent_since_, seconds, bandwidth_);
     sent_since_ += a.op.payload.size();
@@ -275,6 +286,28 @@ void World::act(Reply& a) {
   }
   guest_.replied(a, authority, event_);
 }
+
+void World::act(UsePath& a) {
+  using Other = TargetModel::OtherPath;
+  const Other what = target_.decided(a.path);
+  require(what != Other::unknown && what != Other::another,
+          "a path is used that does not lead to the target");
+  cases_.saw_if(what != Other::gone, Case::path_used);
+}
+
+void World::act(RefusePath& a) {
+  using Other = TargetModel::OtherPath;
+  const Other what = target_.decided(a.path);
+  require(what != Other::unknown, "a path is refused that was not found");
+  const bool unreadable = a.reason.find("can't be read") != std::string::npos;
+  const bool may_fail = setup_.corruption || (setup_.target_errors && unreadable) ||
+                        (serving_ == Serving::target && what != Other::known);
+  require((what != Other::same && what != Other::known) || may_fail,
+          "a path to the target is refused: {}", a.reason);
+  cases_.saw_if(what == Other::another, Case::path_refused);
+}
+
+void World::act(LeavePath& a) { target_.leave(a.path); }
 
 void World::act(WriteRecord& a) {
   require(!record_ && serving_ == Serving::source, "a record is written out of turn");

@@ -58,6 +58,7 @@ class World {
   }
   void grow_journal();
   void lose_target() { apply(target_.lose_all(now_)); }
+  void lose_path();
   void heal();
 
   // --- looking at it
@@ -101,6 +102,9 @@ class World {
   void act(mirror::Reply& a);
   void act(mirror::OpenTarget&) { target_.open(std::exchange(another_target_, false)); }
   void act(mirror::CloseTarget&) { target_.close(now_); }
+  void act(mirror::UsePath& a);
+  void act(mirror::RefusePath& a);
+  void act(mirror::LeavePath& a);
   void act(mirror::WriteRecord& a);
   void act(mirror::CommandDone& a);
   void act(mirror::Ended&) { running_ = false; }

@@ -115,21 +115,26 @@ struct Path {
   Time now = seconds(1);
   Time free_at{0};
   struct Sent {
-    Time at, answered;
-    std::uint64_t delivered;
+    BulkWindow::Sending sending;
+    Time answered;
   };
   std::deque<Sent> sent = {};
   static constexpr std::uint64_t piece = 128 * 1024;
 
   void send() {
     free_at = std::max(free_at, now) + Duration(static_cast<std::int64_t>(piece / rate * 1e9));
-    sent.push_back({now, free_at + delay, window.delivered()});
+    sent.push_back({window.sends(now, sent.size() * piece), free_at + delay});
   }
   void answer() {
     now = std::max(now, sent.front().answered);
     const Sent s = sent.front();
     sent.pop_front();
-    window.answered(now, s.at, s.delivered, piece);
+    window.answered(now, s.sending, piece);
+  }
+  // The server has a pause: then all answers come at once.
+  void pause(Duration time) {
+    now += time;
+    for (auto& s : sent) s.answered = std::max(s.answered, now);
   }
   // As much as may be, for so long.
   void fill(Duration time) {
@@ -170,6 +175,37 @@ TEST_CASE("bulk fills the path's own delay and a short queue") {
   // Nobody has anything to send: what it carries is not forgotten.
   far.trickle(seconds(10));
   CHECK(window.bytes() == doctest::Approx(125e6 * 0.1875).epsilon(0.1));
+}
+
+TEST_CASE(
+    "bulk: answers that come all at once are no fast path, and what was too much is forgotten") {
+  BulkWindow window(1024 * 1024);
+  Path path{window, 125e6, milliseconds(2)};
+  for (int i = 0; i < 40; ++i) {
+    path.fill(milliseconds(50));
+    path.pause(milliseconds(20));
+  }
+  CHECK(window.bytes() < 125e6 * 0.012 * 1.25);
+  // A tenth of the rate, and nobody who sends that much: others hold it back.
+  path.rate = 12.5e6;
+  for (const Time end = path.now + seconds(4); path.now < end;) {
+    while (path.sent.size() < 8) path.send();
+    path.answer();
+  }
+  CHECK(window.bytes_per_second() < 15e6);
+}
+
+TEST_CASE(
+    "bulk: a path whose own delay grows is filled again, and a queue is not taken for delay") {
+  BulkWindow window(1024 * 1024);
+  Path path{window, 125e6, milliseconds(2)};
+  path.fill(seconds(60));
+  CHECK(window.fastest() < milliseconds(5));
+  CHECK(window.bytes() < 125e6 * 0.015 * 1.1);
+  path.delay = milliseconds(60);
+  path.fill(seconds(20));
+  CHECK(window.bytes() > 125e6 * 0.06);
+  CHECK(window.bytes() < 125e6 * 0.08 * 1.1);
 }
 
 TEST_CASE("heat: a place that is written much more than the rest, until it cools") {

@@ -23,6 +23,7 @@ struct World {
   std::vector<std::uint64_t> words =
       std::vector<std::uint64_t>(ResumeMap::bytes_for(disk_bytes) / sizeof(std::uint64_t));
   std::set<std::uint64_t> bad;  // blocks of 4 KiB
+  unsigned flushes_fail = 0;    // the next so many
 };
 
 // A life of the process: both disks answer at once, as far as the test lets them.
@@ -61,6 +62,7 @@ class Life {
 
   std::uint64_t read = 0;               // bytes, of the target
   std::uint64_t summed = 0;             // likewise
+  std::uint64_t written = 0;            // likewise
   std::uint64_t sums_max = UINT64_MAX;  // then it is silent
   bool refuses_sums = false;
 
@@ -127,6 +129,10 @@ class Life {
       done.data = std::move(b).freeze();
     } else if (is_write(op.command)) {
       world_.bad.erase(from, to);
+      written += op.range.length();
+    } else if (op.command == Command::flush && world_.flushes_fail != 0) {
+      --world_.flushes_fail;
+      done.error = IoError::io;
     }
     return done;
   }
@@ -206,6 +212,24 @@ TEST_CASE("verify: a difference holds up a switchover after a restart, too, unti
   }
   Life life(world, true, summing());
   CHECK(life.run(Switch{}).ok);
+}
+
+// It may be another one, which reads the same, and has not flushed it.
+TEST_CASE("after a restart a target that can't prove itself has to flush what it holds") {
+  World world;
+  { Life life(world, false, summing()); }
+  bool proven = false;
+  SUBCASE("it can't") {}
+  SUBCASE("it can") { proven = true; }
+  SUBCASE("its flush is good") {
+    Life life(world, true, summing(false));
+    CHECK(life.written == 0);
+    return;
+  }
+  world.flushes_fail = 1;
+  Life life(world, true, summing(proven));
+  CHECK(life.status().resumed_bytes == disk_bytes);
+  CHECK(life.written == (proven ? 0 : disk_bytes));
 }
 
 TEST_CASE("verify: one that a restart interrupts goes on, if the target proves itself") {

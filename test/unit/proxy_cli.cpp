@@ -1,5 +1,6 @@
 // The command line as a contract: what is understood, the defaults, what is refused.
 #include <chrono>
+#include <filesystem>
 #include <string>
 #include <variant>
 #include <vector>
@@ -121,6 +122,18 @@ TEST_CASE("cli: migrate's options") {
                                      "--answer-timeout",
                                      "3s",
                                      "--skip-unreadable",
+                                     "--via",
+                                     "10.0.0.1",
+                                     "--via",
+                                     "::1",
+                                     "--tls",
+                                     "require",
+                                     "--tls-certificates",
+                                     "pki/../certs",
+                                     "--tls-psk",
+                                     "/etc/keys.psk",
+                                     "--tls-verify-peer",
+                                     "off",
                                      "nbd://h/x"});
   CHECK(full.name == "migrate");
   CHECK(full.control == "c");
@@ -128,6 +141,12 @@ TEST_CASE("cli: migrate's options") {
   const auto& migrate = std::get<MigrateCommand>(full.action);
   CHECK(migrate.wait);
   CHECK(migrate.request.uris == Args{"nbd://h/x"});
+  CHECK(migrate.request.vias == Args{"10.0.0.1", "::1"});
+  CHECK(migrate.request.tls.use == transport::TlsUse::require);
+  // The serving process may be elsewhere.
+  CHECK(migrate.request.tls.certificates == std::filesystem::current_path() / "certs");
+  CHECK(migrate.request.tls.psk_file == "/etc/keys.psk");
+  CHECK_FALSE(migrate.request.tls.verify_peer);
   CHECK(migrate.request.connections == 8);
   CHECK(migrate.request.answer_timeout == Duration{3s});
   const mirror::MigrateOptions& options = migrate.request.options;
@@ -147,6 +166,7 @@ TEST_CASE("cli: migrate's options") {
   CHECK_FALSE(plain.export_name);
   const auto& defaults = std::get<MigrateCommand>(plain.action);
   CHECK_FALSE(defaults.wait);
+  CHECK(defaults.request.tls == transport::TlsOptions{});
   CHECK(defaults.request.connections == 0);
   CHECK(defaults.request.answer_timeout == Duration{60s});
   CHECK(defaults.request.options.mode == mirror::Mode::automatic);
@@ -215,8 +235,11 @@ TEST_CASE("cli: wrong usage is exit code 2 and one line that names what is wrong
   }
   wrong({"migrate", "nbd://h"}, "--control");
   wrong({"migrate", "--control", "c"}, "URI");
-  wrong({"migrate", "--control", "c", "nbd://a", "nbd://b"}, "several paths");
+  wrong({"migrate", "--control", "c", "nbd://a", "nbd://b", "--via", "10.0.0.1"}, "2 URIs");
   wrong({"migrate", "--control", "c", "--mode", "fast", "nbd://h"}, "fast");
+  wrong({"migrate", "--control", "c", "--tls", "maybe", "nbd://h"}, "maybe");
+  wrong({"migrate", "--control", "c", "--tls-verify-peer", "0", "nbd://h"}, "not one of off|on");
+  wrong({"migrate", "--control", "c", "--tls-psk", "", "nbd://h"}, "--tls-psk");
   wrong({"migrate", "--control", "c", "--max-delay", "5", "nbd://h"}, "not a time");
   wrong({"migrate", "--control", "c", "--connections", "many", "nbd://h"}, "many");
   wrong({"migrate", "--control", "c", "--bandwidth", "fast", "nbd://h"}, "--bandwidth");

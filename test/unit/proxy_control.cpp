@@ -111,6 +111,7 @@ TEST_CASE("control: a migration's request arrives as it was sent") {
   Served served;
   MigrateRequest request;
   request.uris = {"nbd://host/x"};
+  request.tls = {transport::TlsUse::require, "/etc/pki", "/etc/keys", false};
   request.connections = 3;
   request.answer_timeout = 12s;
   request.options.mode = mirror::Mode::sync;
@@ -130,6 +131,7 @@ TEST_CASE("control: a migration's request arrives as it was sent") {
   REQUIRE(served.only().requests.size() == 1);
   const MigrateRequest& got = served.only().requests.front();
   CHECK(got.uris == request.uris);
+  CHECK(got.tls == request.tls);
   CHECK(got.connections == 3);
   CHECK(got.answer_timeout == Duration{12s});
   CHECK(got.options.mode == mirror::Mode::sync);
@@ -224,9 +226,16 @@ TEST_CASE("control: bad requests are refused, with the reason, and reach no expo
   refused("/migrate", "[]", "not a JSON object");
   refused("/migrate", "{\"uris\":", "not JSON");
   refused("/migrate", R"({"uris":[]})", "at least one");
-  refused("/migrate", R"({"uris":["a","b"]})", "several paths");
+  refused("/migrate", R"({"uris":["a",""]})", "must hold");
+  refused("/migrate", R"({"uris":["a"],"vias":[]})", "at least one");
   refused("/migrate", R"({"uris":[1]})", "uris");
   refused("/migrate", R"({"uris":["a"],"speed":1})", "speed");
+  refused("/migrate", R"({"uris":["a"],"tls":"on"})", "must be an object");
+  refused("/migrate", R"({"uris":["a"],"tls":{"use":"maybe"}})", "off, on, require");
+  refused("/migrate", R"({"uris":["a"],"tls":{"psk":"keys"}})", "an absolute path");
+  refused("/migrate", R"({"uris":["a"],"tls":{"certificates":"/a\n"}})", "an absolute path");
+  refused("/migrate", R"({"uris":["a"],"tls":{"verify_peer":0}})", "true or false");
+  refused("/migrate", R"({"uris":["a"],"tls":{"key":"x"}})", "is unknown");
   refused("/migrate", R"({"uris":["a"],"connections":65})", "connections");
   refused("/migrate", R"({"uris":["a"],"answer_timeout_ms":99})", "answer_timeout_ms");
   refused("/migrate", R"({"uris":["a"],"max_delay_ms":-1})", "max_delay_ms");

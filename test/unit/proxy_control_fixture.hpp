@@ -26,6 +26,7 @@ class FakeExport : public Export {
   void detach(std::uint32_t) override {}
   bool knows_migration(std::string_view) const override { return false; }
   bool holds_migration(std::string_view) const override { return false; }
+  bool knows_session(std::string_view) const override { return false; }
   bool may_write(std::uint32_t) const override { return true; }
   void submit(mirror::GuestRequest&&) override {}
   void stop(std::function<void(std::string)> done) override { done({}); }

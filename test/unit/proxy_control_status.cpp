@@ -45,7 +45,7 @@ ExportStatus full_status() {
   c.held_requests = 9;
   c.bytes_per_second = 112.0 * (1 << 20);
   c.last_error = "connection reset";
-  s.paths = {{"nbd://host/vm1", "up", 4, 77, 230}};
+  s.paths = {{"nbd://host/vm1", "10.0.0.1", "up", 4, 77, 230}};
   s.guest_write_iops = 2000.5;
   s.guest_write_bytes_per_second = 8e6;
   s.guest_read_iops = 120;

@@ -46,6 +46,9 @@ class MemoryFront final : public Front {
   [[nodiscard]] bool holds_migration(std::string_view migration) const override {
     return !holding.empty() && migration == holding;
   }
+  [[nodiscard]] bool knows_session(std::string_view session) const override {
+    return std::find(sessions.begin(), sessions.end(), session) != sessions.end();
+  }
   [[nodiscard]] bool may_write(std::uint32_t /*session*/) const override { return writes_allowed; }
   void submit(mirror::GuestRequest&& request) override;
 

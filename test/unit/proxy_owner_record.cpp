@@ -36,6 +36,7 @@ Ownership pivoted(const std::string& uri) {
   Ownership o;
   o.role = Role::pivoted;
   o.uris = {uri, "nbd://second:10809"};
+  o.tls = {transport::TlsUse::require, "/etc/pki", "", false};
   o.peer = "host-b";
   o.migration_id = "m-17";
   return o;
@@ -136,6 +137,7 @@ TEST_CASE("a record comes back as it was written, with the next generation") {
   CHECK(found.role == Role::pivoted);
   CHECK(found.uris ==
         std::vector<std::string>{"nbd+unix:///x?socket=/a \"b\"\\c", "nbd://second:10809"});
+  CHECK(found.tls == pivoted("").tls);
   CHECK(found.peer == "host-b");
   CHECK(found.migration_id == "m-17");
   CHECK(found.generation == 1);

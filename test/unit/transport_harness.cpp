@@ -157,13 +157,15 @@ void Peer::send_hello(std::uint64_t size, std::uint16_t flags) {
   send(hello);
 }
 
-void Peer::send_reply(const Request& request, std::uint32_t error) {
+std::string Peer::reply(const Request& request, std::uint32_t error) {
   std::string reply;
   append(reply, htobe32(0x67446698));
   append(reply, htobe32(error));
   append(reply, htobe64(request.cookie));
-  send(reply);
+  return reply;
 }
+
+void Peer::send_reply(const Request& request, std::uint32_t error) { send(reply(request, error)); }
 
 void Peer::receive() {
   char buffer[65536];
@@ -236,6 +238,15 @@ void Driver::note(mirror::Event&& event) {
   } else if (std::holds_alternative<mirror::TargetClosed>(event)) {
     CHECK(unanswered() == 0);
     log.emplace_back("closed");
+  } else if (auto* path = std::get_if<mirror::PathFound>(&event)) {
+    found.push_back(*path);
+  } else if (auto* path_lost = std::get_if<mirror::PathLost>(&event)) {
+    log.emplace_back("path lost");
+    reason = path_lost->reason;
+    unflushed = path_lost->unflushed;
+  } else if (auto* path_refused = std::get_if<mirror::PathRefused>(&event)) {
+    log.emplace_back("path refused");
+    reason = path_refused->reason;
   } else {
     auto& answer = std::get<mirror::TargetDone>(event);
     const bool first = done_.emplace(answer.id, std::move(answer)).second;
@@ -305,8 +316,8 @@ mirror::TargetDone Driver::call(mirror::DiskOp op) {
 }
 
 const mirror::TargetDone* Driver::done(OpId id) const {
-  const auto found = done_.find(id);
-  return found == done_.end() ? nullptr : &found->second;
+  const auto at = done_.find(id);
+  return at == done_.end() ? nullptr : &at->second;
 }
 
 std::size_t Driver::count(const std::string& what) const {

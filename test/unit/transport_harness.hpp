@@ -98,6 +98,7 @@ class Peer {
   void close();
   void send(const std::string& bytes);
   void send_hello(std::uint64_t size, std::uint16_t flags);
+  [[nodiscard]] static std::string reply(const Request& request, std::uint32_t error = 0);
   void send_reply(const Request& request, std::uint32_t error = 0);
   // Takes in what has arrived; a complete request, if there is one.
   std::optional<Request> next();
@@ -113,6 +114,7 @@ class Peer {
 
 inline constexpr std::uint16_t flags_plain = 0x0001 | 0x0004 | 0x0008;  // has, flush, FUA
 inline constexpr std::uint16_t flags_multi = flags_plain | 0x0100;
+inline constexpr std::uint32_t error_shutdown = 108;
 inline constexpr std::uint16_t cmd_write = 1, cmd_disc = 2, cmd_flush = 3;
 
 // A Target, its loop, and what it said.
@@ -134,7 +136,10 @@ class Driver {
   mirror::TargetDone call(mirror::DiskOp op);
   [[nodiscard]] const mirror::TargetDone* done(OpId id) const;
   [[nodiscard]] std::size_t unanswered() const { return submitted_ - done_.size(); }
-  [[nodiscard]] unsigned connections() const { return target->paths().front().connections; }
+  [[nodiscard]] unsigned connections(std::size_t path = 0) const {
+    return target->paths()[path].connections;
+  }
+  [[nodiscard]] std::string state(std::size_t path) const { return target->paths()[path].state; }
 
   boost::asio::io_context io{1};
   std::unique_ptr<transport::Target> target;
@@ -143,7 +148,9 @@ class Driver {
   std::vector<std::string> log;  // "up", "window", "lost", "refused", "closed", in their order
   mirror::TargetInfo info;
   std::uint32_t window_ops = 0;
-  std::string reason;  // of the last lost or refused
+  std::string reason;  // of the last lost or refused, of a path, too
+  std::vector<mirror::PathFound> found;
+  bool unflushed = false;  // of the last path that was lost
 
   [[nodiscard]] std::size_t count(const std::string& what) const;
 

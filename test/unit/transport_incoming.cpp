@@ -30,11 +30,13 @@ class Nbdferry {
     config.migration_id = migration_id;
     return config;
   }
+  // By both of its sockets.
+  [[nodiscard]] std::string other_uri() const { return "nbd+unix:///?socket=" + dir_.path("t"); }
 
  private:
   static std::vector<std::string> command(std::vector<std::string> options, const TempDir& dir) {
-    std::vector<std::string> all = {NBDFERRY_PROGRAM, "serve",     "--socket",
-                                    dir.path("s"),    "--control", dir.path("c")};
+    std::vector<std::string> all = {NBDFERRY_PROGRAM, "serve",       "--socket",  dir.path("s"),
+                                    "--socket",       dir.path("t"), "--control", dir.path("c")};
     all.insert(all.end(), options.begin(), options.end());
     all.push_back(dir.file("disk", 8 * mib));
     return all;
@@ -136,6 +138,36 @@ TEST_CASE("a nbdferry tells checksums, XXH3 in 64 bits; another server is not as
     REQUIRE_MESSAGE(d.open(), d.reason);
     CHECK_FALSE(d.info.can_checksum);
     CHECK(d.call(make_op(Command::checksum, 0, 4096)).error == IoError::not_supported);
+  }
+}
+
+TEST_CASE("another path to an incoming nbdferry proves itself, and a wrong one is left untouched") {
+  Nbdferry server({"--incoming"});
+  Nbdferry wrong({"--incoming"});
+  auto config = server.config(id_of('a', '1'));
+  SUBCASE("the same") {
+    config.uris.push_back(server.other_uri());
+    Driver d(config);
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK(d.until([&] { return d.connections(0) == 4 && d.connections(1) == 4; }));
+    CHECK(d.found.empty());
+    for (std::uint64_t i = 0; i < 32; ++i) (void)d.write(i * 65536, 65536, 'x');
+    REQUIRE(d.until([&] { return d.unanswered() == 0; }));
+    CHECK(d.target->paths()[1].sent_bytes > 0);
+    CHECK(write_error(d) == IoError::none);
+    CHECK(d.count("lost") == 0);
+  }
+  SUBCASE("another one") {
+    config.uris.push_back(wrong.other_uri());
+    Driver d(config);
+    REQUIRE_MESSAGE(d.open(), d.reason);
+    CHECK(d.until([&] { return d.count("path refused") == 1; }));
+    MESSAGE(d.reason);
+    CHECK(d.reason.find("does not know this migration") != std::string::npos);
+    // It is anybody's still.
+    Driver other(wrong.config(id_of('b', '1')));
+    REQUIRE(other.open());
+    CHECK(accepted(other));
   }
 }
 
