@@ -23,7 +23,7 @@ usage: scripts/bench.sh [copy|link|mirror|transport|memory|front|vm]... [--runs 
   --runs N   interleaved runs of each contender (default: 10, and 3 when nothing is named)
   --dir DIR  where the disks lie (default: /dev/shm; 6 GiB are needed)
   --cases L  only these, with commas between; of mirror: link tmpfs outrun hang far pivots; of
-             transport: two unequal cut far limit wait
+             transport: two unequal cut far limit wait tls
   --svg FILE of mirror: the guest's latency in the case link (default: build/bench-mirror.svg)
 
 Without a name: all of them. Each result is a line of the table at the end and a line of JSON:

@@ -191,10 +191,10 @@ class Serve:
             return False
         return self.says.wait_for(COMMITTED, seconds) is not None
 
-    def migrate_and_pivot(self, uri, seconds):
+    def migrate_and_pivot(self, uri, seconds, *options):
         """Seconds from the command's start to the commit, or None."""
         begin = time.monotonic()
-        self.command("migrate", "--switch", "pivot", uri)
+        self.command("migrate", "--switch", "pivot", *options, uri)
         end = self.says.wait_for(COMMITTED, seconds)
         return end[0] - begin if end else None
 

@@ -8,6 +8,8 @@ results() at the end. A new one (over TLS, say) is a class here and a line in CA
  - limit: --bandwidth 50M on a wire of 1 Gb/s, idle and under those writes: the bytes that the target's
    wire brings, sampled every 100 ms, in each window of 5 s
  - wait: a guest's writes in mode sync, each mirrored, while 2 GiB are copied and when nothing is
+ - tls: the idle copy of 1 GiB over loopback, to nbdkit that demands TLS, with certificates; nbdcopy likewise,
+   and as many connections
 """
 import pathlib
 import signal
@@ -18,6 +20,7 @@ import time
 import ferry
 from measure import GIB, MIB, Nbdkit, Result, Serve, fresh_target, in_turn, say, write_disk
 from peers import Guest, guest_text
+from tls import Authority
 
 RATE = 2000
 LIMIT_SECONDS = 90  # of a migration
@@ -351,4 +354,53 @@ class Wait(Striped):
         yield self.result("the copy meanwhile to the wire", [row.steady / WIRE for row in rows])
 
 
-CASES = {case.name: case for case in (Two, Unequal, Cut, Far, Limit, Wait)}
+class Tls(Striped):
+    name, rates = "tls", ()
+    contenders = {"nbdferry": None, "nbdcopy": None, "nbdferry, plain": None, "nbdcopy, plain": None}
+    size = GIB
+
+    def run(self, run, hosts):
+        with ferry.Scratch() as scratch:
+            ours = Authority(scratch, "ours")
+            there, here = ours.sign("there", "server", "DNS:localhost"), ours.sign("here", "client", "DNS:here")
+            disk = write_disk(scratch.file("disk.img"), self.size)
+            for name in in_turn(self.contenders, run):
+                secret = "plain" not in name
+                image = fresh_target(scratch.file("target.img"), self.size)
+                target = Nbdkit(scratch, *(["--tls=on", f"--tls-certificates={there}"] if secret else []),
+                                "file", image)
+                uri = f"nbds://localhost:{target.port}/" if secret else target.uri
+                copy = self.by_nbdferry if "nbdferry" in name else self.by_nbdcopy
+                seconds = copy(scratch, disk, uri, here if secret else None)
+                target.stop()
+                ferry.same(disk, image, f"{name}'s copy")
+                self.rows[name].append(self.size / seconds / 1e6)
+                say(f"transport tls {name}: {self.rows[name][-1]:.0f} MB/s")
+
+    @staticmethod
+    def by_nbdferry(scratch, disk, uri, here):
+        serve = Serve(scratch, disk)
+        options = ["--tls", "require", "--tls-certificates", here] if here else []
+        seconds = serve.migrate_and_pivot(uri, LIMIT_SECONDS, *options)
+        ferry.check(seconds is not None, "the copy did not end")
+        serve.stop()
+        return seconds
+
+    @staticmethod
+    def by_nbdcopy(_, disk, uri, here):
+        begin = time.monotonic()
+        ferry.run_ok(["nbdcopy", "--connections=4", "--flush", disk,
+                      uri + (f"?tls-certificates={here}" if here else "")], LIMIT_SECONDS)
+        return time.monotonic() - begin
+
+    def results(self):
+        def ratio(name, mine, others, **bound):
+            return self.result(name, [a / b for a, b in zip(self.rows[mine], self.rows[others])], **bound)
+
+        yield ratio("nbdferry's speed to nbdcopy's", "nbdferry", "nbdcopy", at_least=0.9)
+        yield ratio("the same without TLS", "nbdferry, plain", "nbdcopy, plain")
+        for name, rows in self.rows.items():
+            yield self.result(name, rows, "MB/s")
+
+
+CASES = {case.name: case for case in (Two, Unequal, Cut, Far, Limit, Wait, Tls)}

@@ -252,4 +252,5 @@ def main(case):
         {f.__name__: f for f in (move, psk, release, refused)}[case](scratch)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
