@@ -33,8 +33,9 @@ struct Limits {
   Duration flush_period_level = std::chrono::milliseconds(500);  // … or this, with nothing stale
   std::uint64_t sync_keep_min = 256 * 1024;       // entering sync, so much stays queued at least
   Duration auto_dwell = std::chrono::seconds(2);  // mode auto: sync lasts at least so long
-  std::uint32_t target_errors_max = 16;           // in a row, then the migration fails
-  std::size_t leaves_max = SIZE_MAX;              // mixed chunks; the map has its own bound too
+  std::uint32_t target_errors_max = 16;           // in a row, then the migration fails …
+  Duration target_errors_time = std::chrono::seconds(1);  // … unless they began so lately
+  std::size_t leaves_max = SIZE_MAX;  // mixed chunks; the map has its own bound too
 };
 
 struct EngineConfig {

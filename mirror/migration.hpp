@@ -337,6 +337,7 @@ class Migration {
   bool flush_failed_ = false;  // ever, in this migration
   Time flushed_at_{0};
   std::uint32_t errors_in_row_ = 0;
+  Time errors_since_{0};  // the first of a row
   std::uint32_t flush_errors_in_row_ = 0;
   std::uint32_t zero_errors_in_row_ = 0;
   bool zeroes_fail_ = false;  // they go as data

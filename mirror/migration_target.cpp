@@ -320,9 +320,14 @@ void Migration::target_done(TargetDone&& event) {
   if (event.error != IoError::lost) answered_at_ = context_.now;
   const bool wrote = is_write(op.command);
   if (event.error == IoError::none) {
-    // Writes that are answered well say nothing of a flush that always fails.
-    (op.command == Command::flush ? flush_errors_in_row_ : errors_in_row_) = 0;
-    if (op.command == Command::zero) zero_errors_in_row_ = 0;
+    // Writes that are answered well say nothing of a flush that always fails, nor zeroes of writes.
+    if (op.command == Command::flush) {
+      flush_errors_in_row_ = 0;
+    } else if (op.command == Command::zero && op.window_bytes == 0) {
+      zero_errors_in_row_ = 0;
+    } else {
+      errors_in_row_ = 0;
+    }
     if (wrote) {
       rate_.add(op.window_bytes);
       if (op.kind == OpKind::copy) copy_rate_.add(op.window_bytes);
@@ -394,11 +399,15 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
   }
   const bool flush = op.command == Command::flush;
   const std::uint32_t in_row = ++(flush ? flush_errors_in_row_ : errors_in_row_);
-  if (hopeless || in_row >= context_.config.limits.target_errors_max) {
+  if (in_row == 1) errors_since_ = context_.now;
+  const Limits& limits = context_.config.limits;
+  // Much may be under way, and all of it fail at once: that is no long time.
+  const bool lately = context_.now - errors_since_ < limits.target_errors_time;
+  if (hopeless || (in_row >= limits.target_errors_max && !lately)) {
     end(Phase::failed, what);
     return;
   }
-  const auto backoff = error_backoff * (1 << std::min<std::uint32_t>(in_row - 1, 6));
+  const auto backoff = error_backoff * (lately ? 1 : 1 << std::min<std::uint32_t>(in_row - 1, 6));
   retry_at_ = context_.now + std::min(backoff, error_backoff_max);
 }
 

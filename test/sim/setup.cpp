@@ -44,6 +44,7 @@ void choose_limits(Setup& s, Prng& prng) {
   l.sync_keep_min = prng.pick({4 * kib, 256 * kib});
   l.auto_dwell = std::chrono::milliseconds(prng.pick({1, 5, 50}));
   l.target_errors_max = prng.pick({2U, 4U, 16U});
+  l.target_errors_time = Duration{0};
   // No piece is smaller than what the target can write.
   l.write_piece_bytes = std::max<std::uint64_t>(l.write_piece_bytes, s.target.block_min);
   l.verify_bytes = std::max<std::uint64_t>(l.verify_bytes, s.target.block_min);
