@@ -98,64 +98,40 @@ class EngineState {
       migration_->target_done(std::move(event));
     }
   }
-  // --- the link ---
-  void on(TargetUp&& event) {
+  // --- the link: to whoever has the target ---
+  template <typename F>
+  void tell(F&& what) {
     if (pivoted_) {
-      pivoted_->target_up(event);
+      what(*pivoted_);
     } else if (migration_) {
-      migration_->target_up(event);
+      what(*migration_);
     }
+  }
+  void on(TargetUp&& event) {
+    tell([&](auto& owner) { owner.target_up(event); });
   }
   void on(TargetWindow&& event) {
-    if (pivoted_) {
-      pivoted_->target_window(event);
-    } else if (migration_) {
-      migration_->target_window(event);
-    }
+    tell([&](auto& owner) { owner.target_window(event); });
   }
   void on(TargetLost&& event) {
-    if (pivoted_) {
-      pivoted_->target_lost(event.reason);
-    } else if (migration_) {
-      migration_->target_lost(event.reason);
-    }
+    tell([&](auto& owner) { owner.target_lost(event.reason); });
   }
   void on(TargetRefused&& event) {
-    if (pivoted_) {
-      pivoted_->target_refused(event.reason);
-    } else if (migration_) {
-      migration_->target_refused(event.reason);
-    }
+    tell([&](auto& owner) { owner.target_refused(event.reason); });
   }
   void on(TargetClosed&&) {
-    if (pivoted_) {
-      pivoted_->target_closed();
-    } else if (migration_) {
-      migration_->target_closed();
-    }
+    tell([](auto& owner) { owner.target_closed(); });
     if (orphan_state_) keep(*std::exchange(orphan_state_, std::nullopt));
     if (queued_start_) start(*std::exchange(queued_start_, std::nullopt));
   }
   void on(PathFound&& event) {
-    if (pivoted_) {
-      pivoted_->path_found(event);
-    } else if (migration_) {
-      migration_->path_found(event);
-    }
+    tell([&](auto& owner) { owner.path_found(event); });
   }
   void on(PathLost&& event) {
-    if (pivoted_) {
-      pivoted_->path_lost(event);
-    } else if (migration_) {
-      migration_->path_lost(event);
-    }
+    tell([&](auto& owner) { owner.path_lost(event); });
   }
   void on(PathRefused&& event) {
-    if (pivoted_) {
-      pivoted_->path_refused(event.reason);
-    } else if (migration_) {
-      migration_->path_refused(event.reason);
-    }
+    tell([&](auto& owner) { owner.path_refused(event.reason); });
   }
   void on(RecordWritten&& event);
   void on(Tick&&);

@@ -10,14 +10,11 @@ from world import play
 
 DIE = os.path.join(os.path.dirname(__file__), "die.py")
 # In the order of a move; each is one life of the script. The guest goes there and back.
-DEATHS = (("before", "bring_disks_in_sync"), ("after", "send_memory"), ("after", "commit_one"),
-          ("before", "qmp.cont"))
-# VM_LONG=1 adds the steps between.
-if os.environ.get("VM_LONG") == "1":
-    DEATHS += (("after", "bring_disks_in_sync"), ("after", "start_memory"), ("after", "hand_over_state"),
-               ("before", "finish"), ("after", "disk.step"), ("before", "disk.promote"),
-               ("after", "disk.promote"), ("after", "hand_over_disks"), ("after", "qmp.cont"),
-               ("before", "summary"))
+DEATHS = (("before", "bring_disks_in_sync"), ("after", "bring_disks_in_sync"),
+          ("after", "start_memory"), ("after", "send_memory"), ("after", "hand_over_state"),
+          ("before", "finish"), ("after", "disk.step"), ("after", "commit_one"),
+          ("before", "disk.promote"), ("after", "disk.promote"), ("after", "hand_over_disks"),
+          ("before", "qmp.cont"), ("after", "qmp.cont"), ("before", "summary"))
 
 
 def there_and_back(world):
