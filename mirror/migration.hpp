@@ -336,9 +336,12 @@ class Migration {
   std::optional<OpId> flush_op_;
   bool flush_failed_ = false;  // ever, in this migration
   Time flushed_at_{0};
-  std::uint32_t errors_in_row_ = 0;
-  Time errors_since_{0};  // the first of a row
-  std::uint32_t flush_errors_in_row_ = 0;
+  struct Errors {
+    std::uint32_t in_row = 0;
+    Time since{0};  // the first of the row
+  };
+  Errors errors_;
+  Errors flush_errors_;
   std::uint32_t zero_errors_in_row_ = 0;
   bool zeroes_fail_ = false;  // they go as data
   Time retry_at_{0};

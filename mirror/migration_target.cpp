@@ -238,16 +238,8 @@ std::optional<OpId> Migration::flush_target() {
   op.command = Command::flush;
   flush_op_ = op.id;
   unflushed_.begin();  // what is acknowledged from now on is not covered
-  in_flight_.add({op.id,
-                  OpKind::flush,
-                  Command::flush,
-                  {},
-                  0,
-                  0,
-                  std::nullopt,
-                  false,
-                  {},
-                  bulk_window_.sends(context_.now, in_flight_.bytes())});
+  in_flight_.add(
+      {op.id, OpKind::flush, Command::flush, {}, 0, 0, std::nullopt, false, {}, {context_.now}});
   const OpId id = op.id;
   context_.submit_target(std::move(op));
   return id;
@@ -322,11 +314,11 @@ void Migration::target_done(TargetDone&& event) {
   if (event.error == IoError::none) {
     // Writes that are answered well say nothing of a flush that always fails, nor zeroes of writes.
     if (op.command == Command::flush) {
-      flush_errors_in_row_ = 0;
+      flush_errors_.in_row = 0;
     } else if (op.command == Command::zero && op.window_bytes == 0) {
       zero_errors_in_row_ = 0;
     } else {
-      errors_in_row_ = 0;
+      errors_.in_row = 0;
     }
     if (wrote) {
       rate_.add(op.window_bytes);
@@ -397,17 +389,17 @@ void Migration::target_failed(const TargetOp& op, IoError error) {
     zero_failed(error);
     return;
   }
-  const bool flush = op.command == Command::flush;
-  const std::uint32_t in_row = ++(flush ? flush_errors_in_row_ : errors_in_row_);
-  if (in_row == 1) errors_since_ = context_.now;
+  Errors& errors = op.command == Command::flush ? flush_errors_ : errors_;
+  if (++errors.in_row == 1) errors.since = context_.now;
   const Limits& limits = context_.config.limits;
   // Much may be under way, and all of it fail at once: that is no long time.
-  const bool lately = context_.now - errors_since_ < limits.target_errors_time;
-  if (hopeless || (in_row >= limits.target_errors_max && !lately)) {
+  const bool lately = context_.now - errors.since < limits.target_errors_time;
+  if (hopeless || (errors.in_row >= limits.target_errors_max && !lately)) {
     end(Phase::failed, what);
     return;
   }
-  const auto backoff = error_backoff * (lately ? 1 : 1 << std::min<std::uint32_t>(in_row - 1, 6));
+  const auto doublings = lately ? 0 : std::min<std::uint32_t>(errors.in_row - 1, 6);
+  const auto backoff = error_backoff * (1 << doublings);
   retry_at_ = context_.now + std::min(backoff, error_backoff_max);
 }
 

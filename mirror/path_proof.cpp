@@ -28,7 +28,6 @@ void PathProof::found(const PathFound& path) {
 }
 
 void PathProof::forget() {
-  step_ = step_ == Step::read ? Step::to_read : step_;  // it is answered already
   restart();
   waiting_.clear();
 }

@@ -22,7 +22,7 @@ class PathProof {
   explicit PathProof(Migration& migration) : m_(migration) {}
 
   void found(const PathFound& path);
-  // The target was lost, and its paths with it.
+  // The target was lost, and its paths with it; or the migration has ended.
   void forget();
   // What was written for it may be gone, or has to make way: it begins anew.
   void restart();

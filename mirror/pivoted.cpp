@@ -183,8 +183,16 @@ void Pivoted::submit_piece(GuestOp& op, Request& request, ByteRange piece) {
   disk.may_hole = op.command == Command::trim || !op.no_hole;
   disk.as_data = disk.command == Command::zero && !info_.can_zero;
   const bool data = disk.command == Command::read || disk.command == Command::write || disk.as_data;
-  in_flight_.add({disk.id, OpKind::guest, disk.command, piece, data ? piece.length() : 0, 0,
-                  std::nullopt, false, op.id, context_.now});
+  in_flight_.add({disk.id,
+                  OpKind::guest,
+                  disk.command,
+                  piece,
+                  data ? piece.length() : 0,
+                  0,
+                  std::nullopt,
+                  false,
+                  op.id,
+                  {context_.now}});
   ++request.in_flight;
   request.sent_until = piece.end;
   if (is_write(disk.command)) {
@@ -201,7 +209,7 @@ void Pivoted::submit_flush(std::optional<OpId> guest) {
   flush_cuts_.emplace(disk.id, acknowledged_);
   if (!guest) own_flush_ = true;
   in_flight_.add(
-      {disk.id, OpKind::flush, Command::flush, {}, 0, 0, guest, false, {}, context_.now});
+      {disk.id, OpKind::flush, Command::flush, {}, 0, 0, guest, false, {}, {context_.now}});
   context_.submit_target(std::move(disk));
 }
 
@@ -552,7 +560,7 @@ void Pivoted::pump_replay() {
                     std::nullopt,
                     false,
                     {},
-                    context_.now});
+                    {context_.now}});
     ++context_.counters.replayed_writes;
     resume_.send(disk.range);
     context_.submit_target(std::move(disk));

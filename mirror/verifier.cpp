@@ -216,7 +216,7 @@ void Verifier::start_on_both(const Job& job, Command command) {
                       std::nullopt,
                       false,
                       {},
-                      m_.context().now});
+                      {m_.context().now}});
   m_.context().submit_target(std::move(op));
   comparisons_.push_back(std::move(c));
 }
