@@ -7,8 +7,6 @@
 #include <cerrno>
 #include <utility>
 
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -17,6 +15,7 @@
 #include "mirror/assert.hpp"
 #include "proxy/limits.hpp"
 #include "proxy/log.hpp"
+#include "transport/limit_silence.hpp"
 
 namespace nbdferry::proxy {
 namespace {
@@ -42,19 +41,6 @@ Command command_of(nbd::RequestType type) {
   }
   NBDFERRY_ASSERT(false, "only checked requests are admitted");
   return Command::read;
-}
-
-// A migration comes back by itself, with new connections, whose number is limited: those that a dead link has
-// left behind are to be noticed within half a minute. A guest may be as patient as it likes.
-void expect_liveliness(int fd) {
-  const auto set = [fd](int level, int name, int value) {
-    (void)::setsockopt(fd, level, name, &value, sizeof value);  // a unix socket knows none of these
-  };
-  set(IPPROTO_TCP, TCP_USER_TIMEOUT, 30'000);  // ms
-  set(SOL_SOCKET, SO_KEEPALIVE, 1);
-  set(IPPROTO_TCP, TCP_KEEPIDLE, 10);  // s
-  set(IPPROTO_TCP, TCP_KEEPINTVL, 5);
-  set(IPPROTO_TCP, TCP_KEEPCNT, 4);
 }
 
 }  // namespace
@@ -184,7 +170,9 @@ void Session::enter_transmission() {
   allocation_ = contexts.allocation;
   if (!contexts.migration.empty()) {
     private_contexts_.push_back(migration_context_id);
-    expect_liveliness(socket_.native_handle());
+    // It comes back by itself, with new connections, whose number is limited: those that a dead link has left
+    // behind must not keep it out. A guest may be as patient as it likes.
+    transport::limit_silence(socket_.native_handle());
   }
   if (!contexts.session.empty()) private_contexts_.push_back(session_context_id);
   if (!contexts.holds.empty()) private_contexts_.push_back(holds_context_id);

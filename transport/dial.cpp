@@ -14,14 +14,12 @@
 #include <boost/asio/post.hpp>
 #include <fmt/format.h>
 
+#include "transport/limit_silence.hpp"
+
 namespace nbdferry::transport {
 
 namespace {
 
-constexpr int user_timeout_ms = 30'000;         // sent data that nobody acknowledges: give up
-constexpr int keepalive_idle_s = 10;            // a silent peer is probed after this time …
-constexpr int keepalive_interval_s = 5;         // … this often …
-constexpr int keepalive_probes = 4;             // … and given up after so many
 constexpr int unix_buffer_bytes = 1024 * 1024;  // the default of 208 KiB stalls large writes
 
 void set(int fd, int level, int name, int value) {
@@ -41,11 +39,7 @@ void set_options(int fd, bool is_unix) {
   }
   set_linger(fd, 1);
   set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-  set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, user_timeout_ms);
-  set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
-  set(fd, IPPROTO_TCP, TCP_KEEPIDLE, keepalive_idle_s);
-  set(fd, IPPROTO_TCP, TCP_KEEPINTVL, keepalive_interval_s);
-  set(fd, IPPROTO_TCP, TCP_KEEPCNT, keepalive_probes);
+  limit_silence(fd);
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
 // Dial: from an Endpoint to a connected socket with the options that rule 8 wants.
 //
 // Names are resolved off the caller's thread; every address is tried in turn, from the local address that
-// the endpoint names. The handler is called
-// once, from the executor, unless cancel() came first.
+// the endpoint names. The handler is called once, from the executor, unless cancel() came first.
 #pragma once
 
 #include <functional>
