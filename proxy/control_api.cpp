@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "proxy/limits.hpp"
+#include "proxy/log.hpp"
 #include "proxy/tls_json.hpp"
 
 namespace nbdferry::proxy {
@@ -125,7 +126,6 @@ std::vector<std::string> read_texts(const json::value& value, std::string_view f
   const json::array* const list = value.if_array();
   if (list == nullptr || list->empty()) refuse(field, "must be a list of at least one");
   std::vector<std::string> texts;
-  const auto is_control = [](unsigned char c) { return c < 0x20 || c == 0x7f; };
   for (const json::value& entry : *list) {
     const json::string* const text = entry.if_string();
     if (text == nullptr || text->empty()) refuse(field, "must hold texts that are not empty");
@@ -142,8 +142,7 @@ void check_length(const MigrateRequest& request) {
   const std::size_t paths = std::max(request.uris.size(), request.vias.size());
   std::size_t bytes = request.tls.certificates.size() + request.tls.psk_file.size();
   for (std::size_t i = 0; i < paths; ++i) {
-    bytes +=
-        request.uris[request.uris.size() == 1 ? 0 : std::min(i, request.uris.size() - 1)].size();
+    bytes += request.uris[std::min(i, request.uris.size() - 1)].size();
     if (i < request.vias.size()) bytes += request.vias[i].size();
   }
   if (bytes > limits::uri_bytes_max) {

@@ -10,8 +10,7 @@ namespace nbdferry::proxy {
 void log_line(std::string_view text) {
   std::string line = "nbdferry: ";
   line += text;
-  std::replace_if(
-      line.begin(), line.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, '?');
+  std::replace_if(line.begin(), line.end(), is_control, '?');
   line += '\n';
   // One write: lines of several processes on one terminal stay whole.
   std::fwrite(line.data(), 1, line.size(), stderr);

@@ -8,6 +8,10 @@
 
 namespace nbdferry::proxy {
 
+[[nodiscard]] inline bool is_control(char c) {
+  return static_cast<unsigned char>(c) < 0x20 || c == 0x7f;
+}
+
 // Control characters are replaced, so that nothing a peer sends can forge a line.
 void log_line(std::string_view text);
 

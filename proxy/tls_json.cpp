@@ -9,6 +9,8 @@
 
 #include <fmt/format.h>
 
+#include "proxy/log.hpp"
+
 namespace nbdferry::proxy {
 
 namespace {
@@ -27,7 +29,6 @@ constexpr std::array<std::pair<std::string_view, TlsUse>, 3> uses{
 // Relative to what? The server's folder is not the operator's.
 std::string read_path(std::string_view field, const json::value& value) {
   const auto* const text = value.if_string();
-  const auto is_control = [](unsigned char c) { return c < 0x20 || c == 0x7f; };
   if (text == nullptr || !text->starts_with('/') ||
       std::any_of(text->begin(), text->end(), is_control)) {
     refuse(field, "must be an absolute path");
