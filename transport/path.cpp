@@ -94,13 +94,13 @@ void Path::add_slot(bool later) {
 }
 
 void Path::dial(Slot& slot) {
+  const bool probe = stage_ == Stage::probing;
+  const Duration answer_timeout =
+      probe ? std::min(config_.answer_timeout, config_.connect_timeout) : config_.answer_timeout;
   slot.connection = std::make_shared<Connection>(
       executor_,
-      ConnectionOptions{endpoint_, config_.migration_id, session_, stage_ == Stage::probing,
-                        config_.connect_timeout,
-                        stage_ == Stage::probing
-                            ? std::min(config_.answer_timeout, config_.connect_timeout)
-                            : config_.answer_timeout},
+      ConnectionOptions{endpoint_, config_.migration_id, session_, probe, config_.connect_timeout,
+                        answer_timeout},
       *this);
   slot.connection->open();
 }

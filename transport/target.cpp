@@ -108,8 +108,8 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   void came_up(Path& path);
   void judge(Path& path);
   void watch();
-  void check_silence();
-  [[nodiscard]] bool silent(const Path& path) const;
+  void end_stalled();
+  [[nodiscard]] bool is_stalled(const Path& path) const;
   void deny(Path& path, const std::string& why);
   void take_in(Path& path);
   void refuse_path(Path& path, const std::string& why);
@@ -391,21 +391,21 @@ void State::watch() {
   silence_timer_.async_wait([weak = weak_from_this()](const boost::system::error_code& error) {
     const auto self = weak.lock();
     if (!self || error || self->phase_ != Phase::up) return;
-    self->check_silence();
+    self->end_stalled();
     self->emit();
     if (self->phase_ == Phase::up) self->watch();
   });
 }
 
-void State::check_silence() {
+void State::end_stalled() {
   for (const auto& path : paths_) {
-    if (silent(*path)) path->give_up("no answer, while other paths answer");
+    if (is_stalled(*path)) path->give_up("no answer, while other paths answer");
   }
 }
 
 // Each answers the others' questions, too: what is slow is slow by all of them. A flush may take long, until
 // another path has had its answer.
-bool State::silent(const Path& path) const {
+bool State::is_stalled(const Path& path) const {
   const auto now = std::chrono::steady_clock::now();
   if (path.stage() != Path::Stage::used || path.ops() == 0) return false;
   if (now - path.answered_at() < config_.path_silence) return false;
