@@ -21,7 +21,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 
@@ -365,8 +364,7 @@ def judge(world, case):
 
 def run_case(name, run, seed):
     begun = time.monotonic()
-    with ferry.Scratch() as scratch, \
-            tempfile.TemporaryDirectory(prefix="nbdferry-state-", dir="/dev/shm") as folder:
+    with ferry.Scratch() as scratch, ferry.state_directory() as folder:
         world = World(scratch, folder, seed)
         try:
             said = run(world) or []

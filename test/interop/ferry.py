@@ -152,6 +152,11 @@ def limit_rate(namespace, end, rate, latency="50ms"):
             "burst", "256kb", "latency", latency])
 
 
+def state_directory():
+    """A folder for --state, in memory, whatever file system the scratch directory is on: `with` gives its path."""
+    return tempfile.TemporaryDirectory(prefix="nbdferry-state-", dir="/dev/shm")
+
+
 def same_bytes(a, b):
     return run(["cmp", "-s", a, b]).returncode == 0
 

@@ -2,9 +2,7 @@
 import contextlib
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 import time
 
 import ferry
@@ -12,16 +10,6 @@ from ferry import MIB, check
 
 SIZE = 96 * MIB
 SLOW = ("--bandwidth", "24M", "--quarantine", "3s")
-
-
-@contextlib.contextmanager
-def state_directory():
-    """In memory, whatever file system the scratch directory is on."""
-    path = tempfile.mkdtemp(prefix="nbdferry-state-", dir="/dev/shm")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 class Rig:
@@ -351,7 +339,7 @@ def nowhere(rig):
 
 
 def main(case):
-    with ferry.Scratch() as scratch, state_directory() as state:
+    with ferry.Scratch() as scratch, ferry.state_directory() as state:
         {f.__name__: f for f in (killed, incoming, forgetful, differing, stopped, options, paused, touched, replaced, failed,
                                  pivoted, leaving, nowhere)}[case](Rig(scratch, state))
         check(not os.listdir(state) or case in ("pivoted", "leaving"), f"left: {os.listdir(state)}")

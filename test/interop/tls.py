@@ -6,7 +6,6 @@ import pathlib
 import secrets
 import shutil
 import sys
-import tempfile
 
 import ferry
 from ferry import MIB, check
@@ -91,15 +90,6 @@ class Sniffer(ferry.Counted):
                 b.sendall(data)
 
 
-@contextlib.contextmanager
-def state_directory():
-    path = tempfile.mkdtemp(prefix="nbdferry-state-", dir="/dev/shm")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
-
-
 def until_up(disk, count):
     ferry.wait_until(lambda: [p["state"] for p in disk.status()["paths"]] == ["up"] * count, "all paths")
 
@@ -116,7 +106,7 @@ def move(scratch):
     image = scratch.disk("source.img", SIZE)
     target = scratch.garbage("target.img", SIZE)
     uri = f"nbds://127.0.0.1:{qemu(scratch, target, f'tls-creds-x509,verify-peer=on,dir={there}')}/"
-    with state_directory() as state:
+    with ferry.state_directory() as state:
         disk = ferry.Ferry(scratch, image, "--state", state)
         load = ferry.Load(scratch, disk.uri, image, "--rate", "100", "--bytes", "4096")
         disk.ok("migrate", "--tls", "require", "--tls-certificates", here, "--via", "127.0.0.2", "--via",
@@ -141,7 +131,7 @@ def move(scratch):
         disk.process.kill()
         disk.process.wait()
     # And by the ownership record alone, as after a reboot.
-    with state_directory() as state:
+    with ferry.state_directory() as state:
         disk = ferry.Ferry(scratch, image, "--state", state, name="again")
         until_up(disk, 2)
         disk.stop()
@@ -159,7 +149,7 @@ def psk(scratch):
     scratch.start("target", ["nbdkit", "-f", "-U", socket, "--tls=require", f"--tls-psk={file}", "file", target])
     ferry.wait_until(lambda: ferry.accepts(socket), "nbdkit")
     way = Sniffer(scratch, socket, "way")
-    with state_directory() as state:
+    with ferry.state_directory() as state:
         disk = ferry.Ferry(scratch, image, "--state", state)
         load = ferry.Load(scratch, disk.uri, image, "--bytes", "512", "--depth", "128", "--rate", "2000")
         disk.ok("migrate", "--tls-psk", file, "--connections", "1", "--answer-timeout", "3s", "--switch",
