@@ -42,10 +42,10 @@ def does_not_load(world):
 
 
 def server_is_killed(world):
-    """The destination's nbdferry goes while the memory moves."""
+    """The destination's nbdferry goes while the memory moves, which goes on to its end."""
     world.wait_there()
     process = world.scratch.start("migrate", migrate_command(
-        world.here, world.there, "--memory-bandwidth", "4"))
+        world.here, world.there, "--memory-bandwidth", "16"))
     wait_for(lambda: "memory:" in world.scratch.log("migrate"), "the memory moves", process)
     os.kill(world.there.server_pid(0), signal.SIGKILL)
     ferry.check(process.wait(120) == 1, "it moved: " + world.scratch.log("migrate"))
