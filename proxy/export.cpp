@@ -2,7 +2,6 @@
 #include "proxy/export.hpp"
 
 #include <algorithm>
-#include <iterator>
 #include <stdexcept>
 #include <utility>
 #include <variant>
@@ -117,15 +116,14 @@ void ExportImpl::post(mirror::Event&& event) {
   drain();
 }
 
-// A copy's answer brings work with it: what it read is sent, and more is read. So these come one in a
-// turn of the loop, and what the guest asks meanwhile gets in between; all at once while it asks nothing.
+// A copy takes time: reading, and what an answer brings with it. So each step of it comes in a turn of the
+// loop of its own, and what the guest asks meanwhile gets in between; all at once while it asks nothing.
 void ExportImpl::enqueue(mirror::Event&& event) {
   std::optional<OpId> answered;
   if (const auto* done = std::get_if<mirror::SourceDone>(&event)) answered = done->id;
   if (const auto* done = std::get_if<mirror::TargetDone>(&event)) answered = done->id;
   if (answered && mirror::Engine::nobody_waits_for(*answered)) {
-    later_.push_back(std::move(event));
-    post_turn();
+    later(std::move(event));
     return;
   }
   // What the target says of itself comes after its answers.
@@ -136,10 +134,21 @@ void ExportImpl::enqueue(mirror::Event&& event) {
                        std::holds_alternative<mirror::TargetClosed>(event) ||
                        std::holds_alternative<mirror::PathLost>(event);
   if (of_link) {
-    std::move(later_.begin(), later_.end(), std::back_inserter(events_));
-    later_.clear();
+    const auto is_answer = [](const Step& step) {
+      const auto* e = std::get_if<mirror::Event>(&step);
+      return e != nullptr && std::holds_alternative<mirror::TargetDone>(*e);
+    };
+    for (Step& step : later_) {
+      if (is_answer(step)) events_.push_back(std::move(std::get<mirror::Event>(step)));
+    }
+    std::erase_if(later_, is_answer);
   }
   events_.push_back(std::move(event));
+}
+
+void ExportImpl::later(Step&& step) {
+  later_.push_back(std::move(step));
+  post_turn();
 }
 
 void ExportImpl::post_turn() {
@@ -149,8 +158,14 @@ void ExportImpl::post_turn() {
     turn_posted_ = false;
     const bool idle = now() - guest_asked_at_ > guest_idle;
     for (std::size_t left = idle ? later_.size() : 1; left > 0 && !later_.empty(); --left) {
-      events_.push_back(std::move(later_.front()));
+      Step step = std::move(later_.front());
       later_.pop_front();
+      if (auto* event = std::get_if<mirror::Event>(&step)) {
+        events_.push_back(std::move(*event));
+      } else if (mirror::SourceDone done;
+                 disk_->submit(std::get<mirror::DiskOp>(std::move(step)), done)) {
+        events_.push_back(std::move(done));
+      }
     }
     if (!later_.empty()) post_turn();
     drain();
@@ -182,6 +197,7 @@ void ExportImpl::perform() {
 }
 
 void ExportImpl::on(mirror::SubmitSource&& a) {
+  if (mirror::Engine::nobody_waits_for(a.op.id)) return later(std::move(a.op));
   mirror::SourceDone done;
   if (state_ && is_write(a.op.command) && !std::exchange(wrote_, true)) state_->beat(true);
   if (disk_->submit(std::move(a.op), done)) enqueue(std::move(done));

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <variant>
 #include <vector>
 
 #include <boost/asio/io_context.hpp>
@@ -51,6 +52,9 @@ class ExportImpl final : public Export {
   // Requests of our own, through the core like a guest's.
   static constexpr std::uint32_t internal_session = 0;
 
+  // Of a copy: an answer, or what is to be read.
+  using Step = std::variant<mirror::Event, mirror::DiskOp>;
+
   struct Session {
     ReplySink* sink = nullptr;
     std::string migration;
@@ -59,6 +63,7 @@ class ExportImpl final : public Export {
 
   void post(mirror::Event&& event);
   void enqueue(mirror::Event&& event);
+  void later(Step&& step);
   void post_turn();
   void drain();
   void perform();
@@ -133,7 +138,7 @@ class ExportImpl final : public Export {
   bool wrote_ = false;       // to the local disk, since the last beat
 
   std::deque<mirror::Event> events_;
-  std::deque<mirror::Event> later_;  // answers that nobody waits for: one in a turn of the loop
+  std::deque<Step> later_;  // that nobody waits for: one in a turn of the loop
   bool turn_posted_ = false;
   Time guest_asked_at_{0};
   mirror::Actions actions_;
