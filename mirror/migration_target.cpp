@@ -41,18 +41,18 @@ std::uint64_t Migration::read_ahead() const {
   // Beside what is under way on a long path.
   const std::uint64_t under_way =
       carried(std::max(rate, bulk_window_.bytes_per_second()), bulk_window_.fastest() * 5 / 4);
-  std::uint64_t soon = limits.copy_window_bytes;
-  if (rate != 0) {
-    soon = std::clamp(carried(rate, read_ahead_time), read_ahead_copies_min * limits.copy_bytes,
-                      limits.copy_window_bytes);
-  }
+  // Little while nothing is known of the rate: the guest is not to wait for many reads at once.
+  const std::uint64_t least =
+      std::min(read_ahead_copies_min * limits.copy_bytes, limits.copy_window_bytes);
+  const std::uint64_t soon =
+      std::clamp(carried(rate, read_ahead_time), least, limits.copy_window_bytes);
   return std::min(limits.copy_window_max, soon + under_way);
 }
 
 std::uint64_t Migration::copy_bytes() const {
   const std::uint64_t most = context_.config.limits.copy_bytes;
   const bool idle = guest_at_ == Time{0} || context_.now - guest_at_ > guest_idle;
-  return idle ? most : std::max(chunk_size, most / 2);
+  return idle ? most : std::max(chunk_size, most / 4);
 }
 
 void Migration::dispatch() {
