@@ -477,9 +477,9 @@ void Migration::update_in_sync() {
   const double drain = rate == 0
                            ? static_cast<double>(context_.config.limits.bulk_bytes_min)
                            : rate * std::chrono::duration<double>(options_.downtime_limit).count();
-  // A tenth of the downtime limit begins it, so that "in sync" does not mean that a fast path still has
+  // A part of the downtime limit begins it, so that "in sync" does not mean that a fast path still has
   // much to carry; all of it ends it, so that the phase does not flutter.
-  const double limit = in_sync_ ? drain : drain / 10;
+  const double limit = in_sync_ ? drain : drain / in_sync_share;
   if (verifier_.sampling()) {
     in_sync_ = false;
     return;

@@ -97,6 +97,8 @@ class Migration {
   [[nodiscard]] Phase phase() const;
   [[nodiscard]] bool ended() const { return ended_.has_value(); }
   [[nodiscard]] bool closed() const { return closed_; }
+  // What takes this part of the downtime limit may be left when it gets in sync.
+  static constexpr int in_sync_share = 10;
   [[nodiscard]] bool in_sync() const { return in_sync_; }
   [[nodiscard]] bool link_up() const { return link_up_; }
   [[nodiscard]] bool paused() const { return paused_; }

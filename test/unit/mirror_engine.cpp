@@ -502,6 +502,40 @@ TEST_CASE("a path that does not answer the proof's read does not hold up a switc
   CHECK(rig.done().ok);
 }
 
+TEST_CASE(
+    "a switchover lets the last of the copy go before writes wait for the target, but not for "
+    "long") {
+  MigrateOptions options = async_mode();
+  options.downtime_limit = milliseconds(100);
+  Rig rig(64 * kib, options);
+  while (rig.answer_source()) {
+  }
+  REQUIRE(rig.status().copying_bytes == 64 * kib);
+  rig.tick(milliseconds(1));
+  rig.apply(Prepare{CommandId{7}});
+  REQUIRE(rig.status().mode == Mode::async);
+  SUBCASE("the target answers") {
+    rig.answer_target(1);
+    CHECK(rig.status().mode == Mode::sync);
+    CHECK(rig.done().command != CommandId{7});
+    rig.answer_all();
+    CHECK(rig.done().command == CommandId{7});
+    CHECK(rig.done().ok);
+  }
+  SUBCASE("it does not, for a tenth of the downtime limit") {
+    rig.tick(milliseconds(9));
+    CHECK(rig.status().mode == Mode::async);
+    rig.tick(milliseconds(1));
+    CHECK(rig.status().mode == Mode::sync);
+  }
+  SUBCASE("it is given up meanwhile") {
+    rig.apply(Abort{CommandId{8}});
+    rig.answer_all();
+    rig.tick(milliseconds(100));
+    CHECK(rig.status().mode == Mode::async);
+  }
+}
+
 TEST_CASE("everything has a name") {
   for (int i = 0; i <= static_cast<int>(IoError::lost); ++i)
     CHECK_FALSE(to_string(static_cast<IoError>(i)).empty());
