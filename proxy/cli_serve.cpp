@@ -18,6 +18,7 @@
 #include "proxy/control_server.hpp"
 #include "proxy/listener.hpp"
 #include "proxy/log.hpp"
+#include "proxy/scheduling.hpp"
 #include "proxy/units.hpp"
 
 namespace nbdferry::proxy {
@@ -103,6 +104,7 @@ int run_serve(const ServeCommand& command) {
   // Large buffers get mappings of their own and go back to the kernel when they are freed. Left to
   // itself the heap raises this at the first such free, and keeps what lies between two live ones.
   mallopt(M_MMAP_THRESHOLD, own_mapping_bytes);
+  ask_for_short_turns();
   // A client that is gone is an error of its write, not the end of the process.
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);  // a write beyond a file size limit is an error of that write
