@@ -1,12 +1,12 @@
 """The idle bulk copy: 2 GiB without a zero, from tmpfs over loopback TCP to nbdkit's file plugin on
-tmpfs, by nbdferry and by nbdcopy with as many connections. nbdferry's time ends with the commit of
+tmpfs, by nbdferry and by nbdcopy with as many connections. Each finds a new, sparse file there. nbdferry's time ends with the commit of
 the pivot, nbdcopy's with its exit after the flush; both begin with the start of the command.
 """
 import resource
 import time
 
 import ferry
-from measure import GIB, Nbdkit, Result, Serve, cpu_seconds, fresh_target, in_turn, say, write_disk
+from measure import GIB, Nbdkit, Result, Serve, cpu_seconds, in_turn, say, sparse_file, write_disk
 
 SIZE = 2 * GIB
 
@@ -37,7 +37,7 @@ def one_run(scratch, source, run):
     """{contender: (seconds, its processor time, nbdkit's)}"""
     out = {}
     for name in in_turn(CONTENDERS, run):
-        image = fresh_target(scratch.file("target.img"), SIZE)
+        image = sparse_file(scratch.file("target.img"), SIZE)
         target = Nbdkit(scratch, "file", image)
         before = cpu_seconds(target.process.pid)
         seconds, cpu = CONTENDERS[name](scratch, source, target.uri)

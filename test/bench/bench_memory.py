@@ -14,8 +14,8 @@ import threading
 import time
 
 import ferry
-from measure import (GIB, MIB, Nbdkit, Result, Serve, forget, fresh_target, peak_memory_bytes, say,
-                     write_disk)
+from measure import (GIB, MIB, Nbdkit, Result, Serve, forget, peak_memory_bytes, say,
+                     sparse_file, write_disk)
 
 TIB = 1024 * GIB
 BUFFER = 64 * MIB  # the default of --buffer
@@ -62,7 +62,7 @@ def full_buffer(scratch, load):
     """Peak resident bytes."""
     source = write_disk(scratch.file("source.img"), SMALL)
     target = Nbdkit(scratch, "--filter=rate", "file",
-                    fresh_target(scratch.file("target.img"), SMALL), "rate=200M")
+                    sparse_file(scratch.file("target.img"), SMALL), "rate=200M")
     serve = Serve(scratch, source)
     # Mode auto and pacing would see to it that it does not get full.
     serve.command("migrate", "--wait", "--mode", "async", "--max-delay", "0ms", target.uri)
@@ -125,7 +125,7 @@ def migrate_large(scratch, disk):
     target = Nbdkit(scratch, "memory", str(LARGE))
     serve = Serve(scratch, disk)
     guest = scratch.start("guest", [
-        ferry.NBD_LOAD, "--uri", serve.uri, "--shadow", fresh_target(scratch.file("shadow"), LARGE),
+        ferry.NBD_LOAD, "--uri", serve.uri, "--shadow", sparse_file(scratch.file("shadow"), LARGE),
         "--rate", "2000", "--bytes", "4096"], stdout=subprocess.DEVNULL)
     time.sleep(1)
     seconds = serve.migrate_and_pivot(target.uri, 120)
@@ -147,7 +147,7 @@ def bench(runs):
             say(f"memory {run + 1}/{runs}: {peaks[name][-1] / MIB:.0f} MiB with a full buffer, "
                 f"{name} (of {allowed_bytes(SMALL) / MIB:.0f})")
         with ferry.Scratch() as scratch:
-            disk = fresh_target(scratch.file("large.img"), LARGE)
+            disk = sparse_file(scratch.file("large.img"), LARGE)
             serves.append(time_to_serve(scratch, disk))
             large.append(migrate_large(scratch, disk))
             say(f"memory {run + 1}/{runs}: 16 TiB: serves after {serves[-1] * 1000:.0f} ms, "

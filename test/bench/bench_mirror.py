@@ -21,6 +21,7 @@ from mirror_cases import CONTENDERS, LOOPBACK, Far, Hang, Link, Outrun, Tmpfs
 from mirror_pivots import Pivots
 from peers import awake, link
 
+HOSTS = {"link", "outrun", "hang", "far"}  # what runs on two of them
 NAMES = ("link", "tmpfs", "outrun", "hang", "far", "pivots")
 
 
@@ -30,20 +31,25 @@ def wanted(names):
     if unknown:
         raise SystemExit(f"no such case: {', '.join(sorted(unknown))}; there are "
                          f"{', '.join(NAMES)}")
-    if os.geteuid() != 0 and {"link", "outrun"} & set(names):
-        say("mirror: link and outrun left out: network namespaces need root")
-        names = [name for name in names if name not in ("link", "outrun")]
+    if os.geteuid() != 0 and HOSTS & set(names):
+        say(f"mirror: left out, as network namespaces need root: {', '.join(sorted(HOSTS & set(names)))}")
+        names = [name for name in names if name not in HOSTS]
     return names
 
 
 def plan(names):
     """[(case, a context that yields its prefixes)]"""
     loopback = contextlib.nullcontext(LOOPBACK)
+
+    def wire():
+        """Without a limit."""
+        return link(rate=None)
+
     cases = {"link": [(Link("50ms"), link), (Link("5ms"), lambda: link("5ms"))],
              "tmpfs": [(Tmpfs(), lambda: loopback)],
              "outrun": [(Outrun(), link)],
-             "hang": [(Hang(), lambda: loopback)],
-             "far": [(Far(), lambda: loopback)]}
+             "hang": [(Hang(), wire)],
+             "far": [(Far(), wire)]}
     return [entry for name in names for entry in cases.get(name, [])]
 
 

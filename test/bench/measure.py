@@ -226,19 +226,28 @@ class Nbdkit:
 
 def write_disk(path, size):
     """No zeroes and no holes. The same 64 MiB again and again: nobody here compresses."""
-    piece = os.urandom(64 * MIB)
+    return write_pieces(path, os.urandom(64 * MIB), size)
+
+
+def write_pieces(path, piece, size):
     with open(path, "wb") as f:
         for _ in range(size // len(piece)):
             f.write(piece)
     return path
 
 
-def fresh_target(path, size):
-    """Each contender finds the same: a new, sparse file."""
+def sparse_file(path, size):
     pathlib.Path(path).unlink(missing_ok=True)
     with open(path, "wb") as f:
         f.truncate(size)
     return path
+
+
+def fresh_target(path, size):
+    """Each contender finds the same: a new disk of zeroes, all of it written, so that nobody waits for memory
+    that the file system (and the machine below ours) has yet to find: that takes longer than the copy."""
+    pathlib.Path(path).unlink(missing_ok=True)
+    return write_pieces(path, bytes(MIB), size)
 
 
 def in_turn(contenders, run):

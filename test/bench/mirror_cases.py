@@ -122,7 +122,7 @@ class Trial:
             Qemu(scratch, disk, prefixes[0], contender)
         self.windows = scratch.file("windows")
         self.guest = Guest(scratch, self.server.uri, disk, "--windows", self.windows,
-                           *case.guest_options, **case.guest)
+                           *case.guest_options, prefix=prefixes[0], **case.guest)
         self.out = {"seconds": None, "said": [], "longest_delay_us": 0}
         self.begin = None
 

@@ -6,34 +6,49 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
-import sys
 import time
 
 import ferry
-from measure import Lines
+from measure import Lines, say
 
 LINK_BYTES_PER_SECOND = 1e9 / 8
 TARGET_HOST = "10.77.1.2"
 
 
+def on_processors():
+    """What the source's host and the target's put before a command: each has a processor of its own, as two
+    hosts have, so that neither takes the other's time. Nothing where the machine has but one."""
+    processors = sorted(os.sched_getaffinity(0))
+    return [["taskset", "--cpu-list", str(cpu)] for cpu in (processors[0], processors[1])] \
+        if len(processors) > 1 else [[], []]
+
+
 class Hosts:
-    """Two network namespaces, the source's and the target's, and the wires between them: wire N has the
-    addresses 10.77.N.1 and 10.77.N.2, and is numbered from 1."""
+    """The source's and the target's: two network namespaces, a processor each, and the wires between them.
+    Wire N has the addresses 10.77.N.1 and 10.77.N.2, and is numbered from 1."""
 
     def __init__(self):
         self.names = [f"nbdferry-{side}-{os.getpid()}" for side in ("src", "dst")]
-        self.prefixes = [["ip", "netns", "exec", name] for name in self.names]
+        self.prefixes = [[*processor, "ip", "netns", "exec", name]
+                         for processor, name in zip(on_processors(), self.names)]
 
     @staticmethod
     def ends(number):
         return [f"nf{side}{number}-{os.getpid()}" for side in ("s", "d")]
 
     def add_wire(self, number, rate, queue):
-        """What the source sends is limited to the rate (as tc writes it)."""
+        """What the source sends is limited to the rate (as tc writes it), if there is one."""
         ends = self.ends(number)
         ferry.wire(self.names, ends, [f"10.77.{number}.1/24", f"10.77.{number}.2/24"])
-        ferry.limit_rate(self.names[0], ends[0], rate, queue)
+        if rate:
+            ferry.limit_rate(self.names[0], ends[0], rate, queue)
+        for prefix, end in zip(self.prefixes, ends):
+            # Or a host would receive on the processor of the one that sends.
+            ferry.run_ok([*prefix, "sh", "-c", f"""
+                mask=$(sed -n 's/^Cpus_allowed:[[:space:]]*//p' /proc/self/status)
+                echo "$mask" > /sys/class/net/{end}/queues/rx-0/rps_cpus"""])
 
     def cut(self, number):
         ferry.run_ok(["ip", "-n", self.names[1], "link", "set", self.ends(number)[1], "down"])
@@ -41,9 +56,13 @@ class Hosts:
 
 @contextlib.contextmanager
 def hosts(rates, queue="50ms"):
-    """Two of them, with a wire for each rate; gone in any case."""
+    """Two of them, with a wire for each rate; gone in any case. What runs on neither, as we do, keeps away from
+    the source's processor: it is the guest's time that is measured."""
+    ours = os.sched_getaffinity(0)
     pair = Hosts()
     try:
+        if len(ours) > 1:
+            os.sched_setaffinity(0, ours - {min(ours)})
         for name in pair.names:
             ferry.run_ok(["ip", "netns", "add", name])
             ferry.run_ok(["ip", "-n", name, "link", "set", "lo", "up"])
@@ -51,44 +70,41 @@ def hosts(rates, queue="50ms"):
             pair.add_wire(number, rate, queue)
         yield pair
     finally:
+        os.sched_setaffinity(0, ours)
         for name in pair.names:
             ferry.run(["ip", "netns", "del", name])
 
 
 @contextlib.contextmanager
-def link(queue="50ms"):
-    """Two hosts and a wire of 1 Gb/s between them: yields (source's prefix, target's prefix)."""
-    with hosts(["1gbit"], queue) as pair:
+def link(queue="50ms", rate="1gbit"):
+    """Two hosts and a wire between them: yields (source's prefix, target's prefix)."""
+    with hosts([rate], queue) as pair:
         yield pair.prefixes
 
 
 @contextlib.contextmanager
 def awake():
-    """Each processor has something to do, with a priority below everything else."""
-    idle = "while True: pass"
-    loops = []
-    try:
-        for cpu in os.sched_getaffinity(0):
-            loops.append(subprocess.Popen([sys.executable, "-c", idle]))
-            os.sched_setscheduler(loops[-1].pid, os.SCHED_IDLE, os.sched_param(0))
-            os.sched_setaffinity(loops[-1].pid, {cpu})
+    """No processor ever halts: it polls when it has nothing to do, which costs nobody anything. That a process
+    has something to do instead, with a priority below all, would hold others up for a tick of the kernel."""
+    with contextlib.ExitStack() as stack:
+        try:
+            latency = stack.enter_context(open("/dev/cpu_dma_latency", "wb", buffering=0))
+            latency.write(struct.pack("i", 0))  # for as long as it is open
+        except OSError as why:
+            say(f"processors may halt meanwhile: {why}")
         yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 class Guest:
     """Writes until the end, and knows what; its time is cut into phases."""
 
-    def __init__(self, scratch, uri, disk, *options, rate=0, depth=16, size=4096):
+    def __init__(self, scratch, uri, disk, *options, prefix=(), rate=0, depth=16, size=4096):
         """disk: a file that holds what the disk holds now."""
         self.scratch = scratch
         self.shadow = scratch.file("shadow.img")
         ferry.run_ok(["cp", disk, self.shadow])
         self.process = scratch.start("guest", [
-            ferry.NBD_LOAD, "--uri", uri, "--shadow", self.shadow, "--rate", str(rate),
+            *prefix, ferry.NBD_LOAD, "--uri", uri, "--shadow", self.shadow, "--rate", str(rate),
             "--depth", str(depth), "--bytes", str(size), *options],
             stdout=subprocess.PIPE, text=True)
         self.says = Lines(self.process.stdout)

@@ -19,7 +19,7 @@ import time
 
 import ferry
 from measure import GIB, MIB, Nbdkit, Result, Serve, fresh_target, in_turn, say, write_disk
-from peers import Guest, guest_text
+from peers import TARGET_HOST, Guest, guest_text
 from tls import Authority
 
 RATE = 2000
@@ -32,14 +32,14 @@ WINDOW_SECONDS = 5
 class Trial:
     """One migration of a disk by some of the wires, with or without a guest."""
 
-    def __init__(self, scratch, hosts, size, guest=None, together=False):
-        """guest: arguments of peers.Guest. together: both of them on the target's host."""
+    def __init__(self, scratch, hosts, size, guest=None):
+        """guest: arguments of peers.Guest."""
         self.size = size
         self.disk = write_disk(scratch.file("disk.img"), size)
         self.image = fresh_target(scratch.file("target.img"), size)
         self.target = Nbdkit(scratch, "file", self.image, prefix=hosts.prefixes[1], host="0.0.0.0")
-        self.server = Serve(scratch, self.disk, hosts.prefixes[1 if together else 0])
-        self.scratch, self.guest = scratch, None
+        self.server = Serve(scratch, self.disk, hosts.prefixes[0])
+        self.scratch, self.source, self.guest = scratch, hosts.prefixes[0], None
         if guest:
             self.add_guest(**guest)
             time.sleep(1)
@@ -47,7 +47,7 @@ class Trial:
         self.samples = []  # (time, payload bytes answered, the disk's bytes that are stale)
 
     def add_guest(self, *options, **more):
-        self.guest = Guest(self.scratch, self.server.uri, self.disk, *options, **more)
+        self.guest = Guest(self.scratch, self.server.uri, self.disk, *options, prefix=self.source, **more)
 
     def uri(self, wire):
         return f"nbd://10.77.{wire}.2:{self.target.port}"
@@ -204,7 +204,7 @@ class Cut(Striped):
 
 
 class Far(Striped):
-    name, rates = "far", ()
+    name, rates = "far", (None,)  # the relay limits it
     contenders = {"nbdferry": None, "nbdcopy": None}
     size = 2 * GIB
     delay_ms = 75
@@ -212,13 +212,12 @@ class Far(Striped):
     def run(self, run, hosts):
         for name in in_turn(self.contenders, run):
             with ferry.Scratch() as scratch:
-                # The wire is the relay.
-                trial = Trial(scratch, hosts, self.size, together=True)
+                trial = Trial(scratch, hosts, self.size)
                 relay = scratch.start("relay", [
                     *hosts.prefixes[1], str(pathlib.Path(ferry.NBD_LOAD).parent / "relay"), "--to",
                     f"127.0.0.1:{trial.target.port}", "--delay", str(self.delay_ms), "--rate",
-                    str(WIRE), "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True)
-                trial.relay_uri = f"nbd://127.0.0.1:{int(relay.stdout.readline())}"
+                    str(WIRE), "--listen", f"{TARGET_HOST}:0"], stdout=subprocess.PIPE, text=True)
+                trial.relay_uri = f"nbd://{TARGET_HOST}:{int(relay.stdout.readline())}"
                 getattr(self, "by_" + name)(trial, hosts)
                 self.rows[name].append(trial)
 
@@ -230,7 +229,7 @@ class Far(Striped):
 
     def by_nbdcopy(self, trial, hosts):
         begin = time.monotonic()
-        ferry.run_ok([*hosts.prefixes[1], "nbdcopy", "--connections=8", "--requests=64", "--flush",
+        ferry.run_ok([*hosts.prefixes[0], "nbdcopy", "--connections=8", "--requests=64", "--flush",
                       trial.disk, trial.relay_uri], LIMIT_SECONDS)
         trial.whole = self.size / (time.monotonic() - begin)
         trial.server.stop()
