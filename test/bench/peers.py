@@ -44,6 +44,11 @@ class Hosts:
         ferry.wire(self.names, ends, [f"10.77.{number}.1/24", f"10.77.{number}.2/24"])
         if rate:
             ferry.limit_rate(self.names[0], ends[0], rate, queue)
+        for side, name in enumerate(self.names):
+            # Linux's own, whatever this machine prefers: BBR lets a connection that is always busy send next to
+            # nothing for 200 ms every 10 s, and whoever waits for it waits as long.
+            ferry.run_ok(["ip", "-n", name, "route", "change", f"10.77.{number}.0/24", "dev", ends[side],
+                          "src", f"10.77.{number}.{side + 1}", "congctl", "cubic"])
         for prefix, end in zip(self.prefixes, ends):
             # Or a host would receive on the processor of the one that sends.
             ferry.run_ok([*prefix, "sh", "-c", f"""
