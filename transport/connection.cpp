@@ -94,7 +94,8 @@ void Connection::watch_answers() {
 void Connection::check_answers() {
   const auto now = Clock::now();
   const int unsent = unsent_bytes();
-  if (std::exchange(moved_, false) || ops_ == 0 || unsent != unsent_bytes_) moved_at_ = now;
+  // What we add to it is no sign of life: a guest that goes on writing would hide that nobody is there.
+  if (std::exchange(moved_, false) || ops_ == 0 || unsent < unsent_bytes_) moved_at_ = now;
   unsent_bytes_ = unsent;
   if (now - moved_at_ < options_.answer_timeout) {
     watch_answers();
