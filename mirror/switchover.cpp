@@ -156,16 +156,6 @@ void Switchover::start_prepare() {
   state_ = State::preparing;
   since_ = m_.context().now;
   flush_.reset();
-  lock_step_ = false;
-}
-
-// A write that waits for the target waits for what was sent before it, too. So the last of the bulk goes
-// first, while the guest doesn't wait: what "in sync" leaves of it takes no longer than this.
-void Switchover::begin_lock_step() {
-  const Duration waited = m_.context().now - since_;
-  if (!m_.no_debt() && waited < m_.options().downtime_limit / Migration::in_sync_share) return;
-  lock_step_ = true;
-  m_.enter_mode(Mode::sync, "switchover");
 }
 
 void Switchover::start_seal() {
@@ -205,8 +195,15 @@ void Switchover::answer(bool ok, const std::string& message) {
 void Switchover::advance() {
   if (state_ == State::none) maybe_auto_switch();
   const bool no_flush = !m_.info().can_flush;
-  if (state_ == State::preparing && !lock_step_) begin_lock_step();
-  if (state_ == State::preparing && lock_step_ && m_.no_debt() && !m_.has_suspects()) {
+  const bool level = m_.no_debt();
+  // A write that waits for the target waits for what was sent before it, too. So the last of the bulk goes
+  // first, while the guest doesn't wait: what "in sync" leaves of it takes no longer than this.
+  if (state_ == State::preparing &&
+      (level ||
+       m_.context().now - since_ >= m_.options().downtime_limit / Migration::in_sync_share)) {
+    m_.enter_mode(Mode::sync, "switchover");
+  }
+  if (state_ == State::preparing && level && !m_.has_suspects()) {
     // Submitted after the bulk copy: it covers all that is not mirrored in lock-step.
     if (no_flush) {
       reached(State::prepared);

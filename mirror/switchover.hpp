@@ -64,7 +64,6 @@ class Switchover {
   [[nodiscard]] std::string pivot_obstacle(SwitchKind kind) const;
   [[nodiscard]] bool busy(CommandId command);
   void start_prepare();
-  void begin_lock_step();
   void start_seal();
   void start_commit();
   void reached(State state);
@@ -77,8 +76,7 @@ class Switchover {
   Goal goal_ = Goal::prepare;
   SwitchKind kind_ = SwitchKind::pivot;
   std::optional<CommandId> command_;
-  bool lock_step_ = false;  // from then on a write waits for the target
-  Time since_{0};           // of preparing, or prepared
+  Time since_{0};  // of preparing, or prepared
   Time hold_since_{0};
   std::optional<OpId> flush_;  // the flush that would complete the current step
   Time auto_again_at_{0};
