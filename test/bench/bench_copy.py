@@ -1,6 +1,7 @@
 """The idle bulk copy: 2 GiB without a zero, from tmpfs over loopback TCP to nbdkit's file plugin on
-tmpfs, by nbdferry and by nbdcopy with as many connections. Each finds a new, sparse file there. nbdferry's time ends with the commit of
-the pivot, nbdcopy's with its exit after the flush; both begin with the start of the command.
+tmpfs, by nbdferry and by nbdcopy with as many connections. Each finds a new, sparse file there.
+nbdferry's time ends with the commit of the pivot, nbdcopy's with its exit after the flush; both begin
+with the start of the command.
 """
 import resource
 import time

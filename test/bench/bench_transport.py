@@ -1,13 +1,14 @@
 """The way to the target: several wires at once, one that is cut, a long one, a limit on the rate, and what
 a mirrored write waits for beside the copy. transport_cases.py says what is tried.
 
-Each case has network namespaces of its own, with wires of a given rate (tbf) whose queue is 50 ms long.
+Each case with wires has network namespaces of its own, with wires of a given rate (tbf) whose queue is 50 ms long.
 A rate is that of the payload which the target has answered; a wire of 1 Gb/s carries at most 119 MB/s of
 it, the rest is headers. `whole` counts from the start of the command until in sync, `steady` from when a
 tenth of the disk was there until nine tenths were.
 
 Environment: TRANSPORT_CASES, names with commas between (all).
 """
+import contextlib
 import os
 
 from measure import say
@@ -32,7 +33,8 @@ def bench(runs):
         for run in range(runs):
             say(f"transport: run {run + 1}/{runs}")
             for case in cases:
-                with hosts(case.rates) as pair:
+                # Without a wire it is all on this host, and has all its processors.
+                with hosts(case.rates) if case.rates else contextlib.nullcontext() as pair:
                     case.run(run, pair)
     for case in cases:
         yield from case.results()

@@ -246,7 +246,6 @@ def sparse_file(path, size):
 def fresh_target(path, size):
     """Each contender finds the same: a new disk of zeroes, all of it written, so that nobody waits for memory
     that the file system (and the machine below ours) has yet to find: that takes longer than the copy."""
-    pathlib.Path(path).unlink(missing_ok=True)
     return write_pieces(path, bytes(MIB), size)
 
 

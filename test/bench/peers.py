@@ -17,22 +17,17 @@ LINK_BYTES_PER_SECOND = 1e9 / 8
 TARGET_HOST = "10.77.1.2"
 
 
-def on_processors():
-    """What the source's host and the target's put before a command: each has a processor of its own, as two
-    hosts have, so that neither takes the other's time. Nothing where the machine has but one."""
-    processors = sorted(os.sched_getaffinity(0))
-    return [["taskset", "--cpu-list", str(cpu)] for cpu in (processors[0], processors[1])] \
-        if len(processors) > 1 else [[], []]
-
-
 class Hosts:
-    """The source's and the target's: two network namespaces, a processor each, and the wires between them.
-    Wire N has the addresses 10.77.N.1 and 10.77.N.2, and is numbered from 1."""
+    """The source's and the target's: two network namespaces, and the wires between them. Where the machine has two
+    processors each has one of its own, so that neither takes the other's time. Wire N has the addresses
+    10.77.N.1 and 10.77.N.2, and is numbered from 1."""
 
     def __init__(self):
         self.names = [f"nbdferry-{side}-{os.getpid()}" for side in ("src", "dst")]
-        self.prefixes = [[*processor, "ip", "netns", "exec", name]
-                         for processor, name in zip(on_processors(), self.names)]
+        self.processors = sorted(os.sched_getaffinity(0))[:2]
+        pins = [["taskset", "--cpu-list", str(cpu)] for cpu in self.processors]
+        self.prefixes = [[*pin, "ip", "netns", "exec", name]
+                         for pin, name in zip(pins if len(pins) == 2 else [[], []], self.names)]
 
     @staticmethod
     def ends(number):
@@ -67,7 +62,7 @@ def hosts(rates, queue="50ms"):
     pair = Hosts()
     try:
         if len(ours) > 1:
-            os.sched_setaffinity(0, ours - {min(ours)})
+            os.sched_setaffinity(0, ours - {pair.processors[0]})
         for name in pair.names:
             ferry.run_ok(["ip", "netns", "add", name])
             ferry.run_ok(["ip", "-n", name, "link", "set", "lo", "up"])
