@@ -46,7 +46,8 @@ Connection::Connection(const boost::asio::any_io_executor& executor, ConnectionO
       owner_(&owner),
       executor_(executor),
       timer_(executor),
-      watched_(executor) {}
+      watched_(executor),
+      elsewhere_(executor) {}
 
 Connection::~Connection() { shut(); }
 
@@ -230,7 +231,9 @@ std::string Connection::handshake_failed(std::string_view why) const {
 
 std::string Connection::why_dead() const {
   const bool closed = nbd_aio_is_closed(handle_) == 1;
-  const auto why = closed ? "the server closed the connection" : last_libnbd_error();
+  const auto why = closed                     ? "the server closed the connection"
+                   : !died_elsewhere_.empty() ? died_elsewhere_
+                                              : last_libnbd_error();
   return stage_ == Stage::handshaking ? handshake_failed(why) : why;
 }
 
@@ -285,7 +288,26 @@ bool Connection::is_now(short events) {
 }
 
 void Connection::on_readable() {
+  if (elsewhere_.is_busy()) return;  // it is asked again
   moved_ = true;
+  read_some();
+  wait_as_directed();
+  progress();
+}
+
+void Connection::on_writable() {
+  if (elsewhere_.is_busy()) return;
+  moved_ = true;
+  if (stage_ == Stage::ready && options_.endpoint.tls && Elsewhere::exists()) {
+    write_elsewhere();
+    return;
+  }
+  write_some();
+  wait_as_directed();
+  progress();
+}
+
+void Connection::read_some() {
   for (int replies = 0; replies < replies_per_turn_max; ++replies) {
     if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_READ) == 0) break;
     // A speculative call would park the handle where new commands queue unsent. With TLS nothing waits
@@ -293,25 +315,38 @@ void Connection::on_readable() {
     if (!is_now(POLLIN)) break;
     if (nbd_aio_notify_read(handle_) == -1) break;
   }
-  wait_as_directed();
-  progress();
 }
 
-void Connection::on_writable() {
-  moved_ = true;
+void Connection::write_some() {
   // With TLS libnbd sends a record of 16 KiB a call.
   for (int records = 0; records < records_per_turn_max; ++records) {
     if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_WRITE) == 0) break;
-    if (records != 0 && !is_now(POLLOUT)) break;
+    if (records != 0 && (elsewhere_.is_recalled() || !is_now(POLLOUT))) break;
     if (nbd_aio_notify_write(handle_) == -1) break;
   }
+}
+
+// Encryption is most of the work of a copy: others get the processors that the loop would leave idle, and the
+// guest the loop.
+void Connection::write_elsewhere() {
+  elsewhere_.start(
+      [this] {
+        write_some();
+        read_some();
+        if (nbd_aio_get_direction(handle_) == 0) died_elsewhere_ = last_libnbd_error();
+      },
+      [this] { on_back(); });
+}
+
+void Connection::on_back() {
+  for (Flight* flight : std::exchange(to_send_, {})) send(*flight);
   wait_as_directed();
   progress();
 }
 
 // Tells the owner what has happened. Runs on the executor, outside of every other call.
 void Connection::progress() {
-  if (handle_ == nullptr) return;
+  if (handle_ == nullptr || elsewhere_.is_busy()) return;
   const auto self = shared_from_this();  // the owner may drop us
   collect();
   if (dead_) {
@@ -346,14 +381,12 @@ void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence) {
   NBDFERRY_ASSERT(stage_ == Stage::ready, "operations go to ready connections only");
   if (ops_ == 0) moved_ = true;  // it could not answer earlier
   Flight& flight = take_flight(std::move(op), sequence);
-  // A handle that died a moment ago answers nothing: the flight ends as lost with all the others.
-  if (!dead_) {
-    if (issue(flight) == -1) {
-      flight.error = nbd_get_errno() == 0 ? EIO : nbd_get_errno();
-      completed_.push_back(&flight);
-    }
-    wait_as_directed();
+  if (elsewhere_.is_busy()) {
+    to_send_.push_back(&flight);
+    return;
   }
+  send(flight);
+  if (!dead_) wait_as_directed();
   if ((dead_ || !completed_.empty()) && !progress_posted_) {
     progress_posted_ = true;
     boost::asio::post(executor_, [self = shared_from_this()] {
@@ -361,6 +394,13 @@ void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence) {
       self->progress();
     });
   }
+}
+
+// By a handle that died a moment ago nothing is answered: the flight ends as lost with all the others.
+void Connection::send(Flight& flight) {
+  if (dead_ || issue(flight) != -1) return;
+  flight.error = nbd_get_errno() == 0 ? EIO : nbd_get_errno();
+  completed_.push_back(&flight);
 }
 
 Connection::Flight& Connection::take_flight(mirror::DiskOp&& op, std::uint64_t sequence) {
@@ -408,6 +448,7 @@ void Connection::fail(const std::string& reason) {
 }
 
 void Connection::close() {
+  elsewhere_.recall();
   if (stage_ == Stage::ready && !dead_ && ops_ == 0) {
     // Everything we sent was answered: nothing can be applied later, so the server may have its
     // DISC.
@@ -434,6 +475,7 @@ void Connection::shut() {
 
 // Of the socket, and of libnbd.
 void Connection::let_go() {
+  elsewhere_.recall();
   if (watched_.is_open()) {
     // Not watched_.close(): Asio leaves the epoll registration to the close of the last descriptor,
     // which may be libnbd's.

@@ -2,7 +2,8 @@
 // its end. It never comes back; its owner makes a new one.
 //
 // The interface is post and complete: operations go in by post(), answers are fetched with
-// take_answers() when the owner is told. So a connection could run on a thread of its own.
+// take_answers() when the owner is told. With TLS, what doesn't leave at once is encrypted and sent by a
+// helper thread (Elsewhere).
 //
 //   dialling -> handshaking -> ready -> ended          (ended is reachable from everywhere)
 //
@@ -33,6 +34,7 @@
 
 #include "mirror/events.hpp"
 #include "transport/dial.hpp"
+#include "transport/elsewhere.hpp"
 
 struct nbd_handle;
 
@@ -125,7 +127,11 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void on_readable();
   void on_writable();
+  void read_some();
+  void write_some();
   bool is_now(short events);  // POLLIN or POLLOUT
+  void write_elsewhere();
+  void on_back();
   void wait_as_directed();
   void progress();
   void fail(const std::string& reason);
@@ -133,6 +139,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void shut();
 
   Flight& take_flight(mirror::DiskOp&& op, std::uint64_t sequence);
+  void send(Flight& flight);
   std::int64_t issue(Flight& flight);
   void collect();
   void answer(Flight& flight, IoError error);
@@ -152,6 +159,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool reading_ = false;  // a wait is pending
   bool writing_ = false;
   bool progress_posted_ = false;
+  Elsewhere elsewhere_;           // while it is busy, the handle and completed_ are not ours
+  std::vector<Flight*> to_send_;  // posted meanwhile
+  std::string died_elsewhere_;    // libnbd's reason, which it keeps for each thread
   bool moved_ =
       false;  // bytes came in or went out, or a first request was sent, since the last check
   int unsent_bytes_ = 0;          // in our kernel, at the last check
