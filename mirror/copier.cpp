@@ -211,14 +211,20 @@ void Copier::arm(ByteRange range, bool expect_hole) {
   Copy& c = copies_.back();
   if (m_.guests().source_busy(range, c.barrier)) {
     ++m_.context().counters.armed_with_writes_in_flight;
-    if (!NBDFERRY_MUTANT(read_before_writes_end)) return;
+    if (!NBDFERRY_MUTANT(read_before_writes_end)) {
+      ++waiting_;
+      return;
+    }
   }
   proceed(c);
 }
 
 void Copier::source_progress() {
+  if (waiting_ == 0) return;
   for (auto& c : copies_) {
-    if (c.state == State::waiting && !m_.guests().source_busy(c.range, c.barrier)) proceed(c);
+    if (c.state != State::waiting || m_.guests().source_busy(c.range, c.barrier)) continue;
+    --waiting_;
+    proceed(c);
   }
 }
 
@@ -300,8 +306,13 @@ void Copier::add_pieces(Copy& c, ByteRange range, Command command, const Payload
   for (std::uint64_t at = range.begin; at < range.end; at += piece_max) {
     CopyPiece p{c.id, {at, std::min(at + piece_max, range.end)}, command, {}};
     if (command == Command::write) p.payload = data.slice(at - c.range.begin, p.range.length());
-    c.pieces.push_back(std::move(p));
+    add_piece(c, std::move(p));
   }
+}
+
+void Copier::add_piece(Copy& c, CopyPiece&& piece) {
+  c.pieces.push_back(std::move(piece));
+  ++unsent_;
 }
 
 void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
@@ -334,7 +345,7 @@ void Copier::probe_answered(Copy& c, const std::vector<Extent>& extents) {
 void Copier::zero_range(Copy& c, ByteRange range) {
   m_.map().for_each_flag_run(range, ChunkFlag::written, [&](ByteRange run, bool written) {
     if (m_.knows_zeroes() && (!written || NBDFERRY_MUTANT(status_after_write))) {
-      c.pieces.push_back({c.id, run, Command::block_status, {}});
+      add_piece(c, {c.id, run, Command::block_status, {}});
     } else {
       add_pieces(c, run, Command::zero, {});
     }
@@ -386,7 +397,7 @@ void Copier::hurry(OpId copy) {
 }
 
 const CopyPiece* Copier::next_piece(bool waited_for) {
-  if (waited_for && hurried_ == 0) return nullptr;
+  if (unsent_ == 0 || (waited_for && hurried_ == 0)) return nullptr;
   for (auto it = copies_.begin(); it != copies_.end(); ++it) {
     if (waited_for && !it->hurried) continue;
     for (std::size_t i = 0; i < it->pieces.size(); ++i) {
@@ -404,6 +415,7 @@ CopyPiece Copier::take_piece() {
   const auto at = c.pieces.begin() + static_cast<std::ptrdiff_t>(next_index_);
   CopyPiece piece = std::move(*at);
   c.pieces.erase(at);
+  --unsent_;
   ++c.in_flight;
   return piece;
 }
@@ -449,6 +461,8 @@ void Copier::discard(ByteRange blocks) {
           kept.push_back({p.copy, r, p.command, std::move(data)});
         }
       }
+      unsent_ += kept.size();
+      unsent_ -= it->pieces.size();
       it->pieces = std::move(kept);
       finish_if_done(it);
     }
@@ -467,6 +481,7 @@ void Copier::finish_if_done(Copies::iterator it) {
   }
   cost_ -= c.cost;
   if (c.hurried) --hurried_;
+  if (c.state == State::waiting) --waiting_;
   const OpId id = c.id;
   copies_.erase(it);
   m_.queue().unpark(id);
@@ -525,13 +540,18 @@ std::uint64_t Copier::unreadable_stale_bytes() const {
 
 void Copier::check_invariants() const {
   std::uint64_t armed = 0;
+  std::size_t unsent = 0;
+  std::size_t waiting = 0;
   for (const auto& c : copies_) {
+    unsent += c.pieces.size();
+    waiting += c.state == State::waiting ? 1 : 0;
     for (const auto& r : c.live) {
       NBDFERRY_ASSERT(m_.map().all(r, BlockState::armed), "a live block of a copy is not armed");
     }
     armed += total(c.live);
   }
   NBDFERRY_ASSERT(armed == m_.map().armed_bytes(), "armed blocks without a copy");
+  NBDFERRY_ASSERT(unsent == unsent_ && waiting == waiting_, "copies are miscounted");
   std::uint64_t unreadable = 0;
   std::uint64_t stale = 0;
   for (const auto& [begin, u] : unreadable_) {

@@ -106,6 +106,7 @@ class Copier {
   void read_failed(Copy& copy, IoError error);
   void make_data_pieces(Copy& copy, const Payload& data);
   void add_pieces(Copy& copy, ByteRange range, Command command, const Payload& data);
+  void add_piece(Copy& copy, CopyPiece&& piece);
   void probe_answered(Copy& copy, const std::vector<Extent>& extents);
   void zero_range(Copy& copy, ByteRange range);
   void target_status(Copy& copy, ByteRange range, const std::vector<Extent>& extents);
@@ -119,6 +120,8 @@ class Copier {
   Copies copies_;
   std::uint64_t cost_ = 0;
   std::size_t hurried_ = 0;          // copies
+  std::size_t waiting_ = 0;          // copies
+  std::size_t unsent_ = 0;           // pieces, of all
   std::uint64_t reading_bytes_ = 0;  // from the source
   std::uint64_t cursor_ = 0;
   bool hot_too_ = false;     // there is nothing else

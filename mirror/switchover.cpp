@@ -293,7 +293,7 @@ void Switchover::maybe_auto_switch() {
   const SwitchWhen when = m_.options().switch_when;
   if (when == SwitchWhen::manual || command_ || m_.context().now < auto_again_at_) return;
   const SwitchKind kind = when == SwitchWhen::pivot ? SwitchKind::pivot : SwitchKind::release;
-  if (!obstacle().empty()) return;
+  if (!m_.in_sync() || !obstacle().empty()) return;  // mostly the former, and it makes no text
   if (const std::string why = pivot_obstacle(kind); !why.empty()) {
     m_.end(Phase::failed, "cannot switch: " + why);
     return;

@@ -9,8 +9,11 @@
 
 #include <fcntl.h>
 #include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <boost/asio/post.hpp>
@@ -35,6 +38,11 @@ constexpr int records_per_turn_max = 64;  // the same for what is sent
 constexpr const char* check_server = "check the server there, and the export's name";
 
 constexpr int checks_per_answer_timeout = 4;
+
+bool set_corked(int fd, bool on) {
+  const int value = on ? 1 : 0;
+  return ::setsockopt(fd, IPPROTO_TCP, TCP_CORK, &value, sizeof value) == 0;
+}
 
 constexpr std::uint32_t payload_limit = 32 * 1024 * 1024;  // NBD protocol: portable maximum
 
@@ -393,6 +401,19 @@ void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence) {
       self->progress_posted_ = false;
       self->progress();
     });
+  }
+}
+
+// TLS makes records of its own, and a unix socket no packets.
+void Connection::cork() {
+  if (!corked_ && is_ready() && !options_.endpoint.tls && !options_.endpoint.is_unix()) {
+    corked_ = set_corked(watched_.native_handle(), true);
+  }
+}
+
+void Connection::uncork() {
+  if (std::exchange(corked_, false) && watched_.is_open()) {
+    set_corked(watched_.native_handle(), false);
   }
 }
 

@@ -92,6 +92,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void open();
   void post(mirror::DiskOp&& op, std::uint64_t sequence);
+  // What is posted in between leaves in as few packets as hold it, whole ones at once.
+  void cork();
+  void uncork();
   // Lets go at once: politely when nothing is in flight, else with a reset. The owner isn't called
   // any more; the answers (lost) can be taken.
   void close();
@@ -159,6 +162,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool reading_ = false;  // a wait is pending
   bool writing_ = false;
   bool progress_posted_ = false;
+  bool corked_ = false;
   Elsewhere elsewhere_;           // while it is busy, the handle and completed_ are not ours
   std::vector<Flight*> to_send_;  // posted meanwhile
   std::string died_elsewhere_;    // libnbd's reason, which it keeps for each thread

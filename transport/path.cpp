@@ -10,6 +10,8 @@ namespace {
 
 constexpr Duration retry_delay_min = std::chrono::milliseconds(100);
 constexpr Duration retry_delay_max = std::chrono::seconds(5);
+constexpr std::uint64_t batch_op_bytes_max = 16ULL * 1024;
+constexpr std::uint64_t batch_bytes_max = 32ULL * 1024;
 constexpr const char* leaving =
     "its server is shutting down, or its disk has been handed over (ESHUTDOWN)";
 
@@ -237,9 +239,34 @@ Path::Slot* Path::choose(Command command) const {
 
 void Path::post(mirror::DiskOp&& op, std::uint64_t sequence) {
   if (ops() == 0) answered_at_ = Clock::now();  // it could not answer earlier
-  Slot& slot = *choose(op.command);
+  Slot& slot = choose_in_batch(op);
+  if (batches_) slot.connection->cork();
   slot.connection->post(std::move(op), sequence);
   gauge_.update(Clock::now(), cost(), 0);
+}
+
+Path::Slot& Path::choose_in_batch(const mirror::DiskOp& op) {
+  const auto bytes = op.payload.size();
+  const bool joins = batches_ && op.command == Command::write && bytes <= batch_op_bytes_max;
+  if (joins && batch_ != nullptr && batch_bytes_ + bytes <= batch_bytes_max && batch_->ready &&
+      batch_->connection->is_ready()) {
+    batch_bytes_ += bytes;
+    return *batch_;
+  }
+  Slot& slot = *choose(op.command);
+  if (joins) {
+    batch_ = &slot;
+    batch_bytes_ = bytes;
+  }
+  return slot;
+}
+
+void Path::end_batch() {
+  batches_ = false;
+  batch_ = nullptr;
+  for (const auto& slot : slots_) {
+    if (slot->connection) slot->connection->uncork();
+  }
 }
 
 std::pair<bool, double> Path::rank(std::uint64_t bytes, double unknown_rate) const {

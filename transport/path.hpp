@@ -72,6 +72,10 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   // --- operations
   [[nodiscard]] bool can_take(Command command) const { return choose(command) != nullptr; }
   void post(mirror::DiskOp&& op, std::uint64_t sequence);
+  // What is small of what is posted in between leaves together, as far as it makes one good packet: each
+  // packet costs us, and the server, more than what is in it.
+  void begin_batch() { batches_ = true; }
+  void end_batch();
   // (Is nobody there, when would so many bytes be through?) The least is the best.
   [[nodiscard]] std::pair<bool, double> rank(std::uint64_t bytes, double unknown_rate) const;
   [[nodiscard]] double rate() const { return gauge_.rate(std::chrono::steady_clock::now()); }
@@ -131,6 +135,7 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   [[nodiscard]] bool may_wait(const Slot& slot) const;
   [[nodiscard]] const std::shared_ptr<Slot>& slot_of(const Connection& connection) const;
   [[nodiscard]] Slot* choose(Command command) const;
+  [[nodiscard]] Slot& choose_in_batch(const mirror::DiskOp& op);
   void take_answers(Slot& slot);
   void count(const Answer& answer);
   void vouch(std::uint64_t sequence);
@@ -153,6 +158,10 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
       answered_at_{};  // the last answer, on any connection; or when there were none to come
   Clock::time_point heard_at_{};
   std::vector<Answer> answers_;  // scratch
+
+  bool batches_ = false;
+  Slot* batch_ = nullptr;  // where small ones go
+  std::uint64_t batch_bytes_ = 0;
 
   RateGauge gauge_;
   ConnectionGrowth growth_{1, 1};

@@ -22,6 +22,7 @@
 #include "transport/target.hpp"
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <optional>
 #include <random>
@@ -47,13 +48,15 @@ constexpr unsigned connections_max = 64;
 // that a mirrored write does not wait long behind bulk data.
 constexpr std::uint32_t connection_ops_max = 64;
 constexpr std::uint64_t connection_bytes_max = 8ULL * 1024 * 1024;
-constexpr std::uint64_t flushes_max = 8;  // these go at once, whatever the window says
 // Connections of all paths together, unless the operator names a number: servers have limits, too.
 constexpr unsigned connections_sum = 32;
 // Attempts in a row, with growing pauses between them, then a path that was never proved is refused. One that
 // was may be denied by a server that restarted, while older connections have not noticed.
 constexpr unsigned denials_max = 4;
 constexpr int checks_per_silence = 10;
+// What is sent in a turn of the loop.
+constexpr std::size_t send_ops_max = 64;
+constexpr std::uint64_t send_bytes_max = 512ULL * 1024;
 
 // A nbdferry target lets go of the connections of older sessions when it sees a new one.
 std::string new_session() {
@@ -104,6 +107,10 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
     std::chrono::steady_clock::time_point answered_at{};  // by a path, last
   };
 
+  void send_soon();
+  void send_some();
+  void send_all();
+  void send_first();
   void seek(bool later);
   void came_up(Path& path);
   void judge(Path& path);
@@ -145,6 +152,8 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   std::map<OpId, Flush> flushes_;
   boost::asio::steady_timer silence_timer_;
 
+  std::deque<mirror::DiskOp> inbox_;  // submitted, and on no path yet
+  bool send_posted_ = false;
   std::vector<mirror::Event> outbox_;
   std::optional<mirror::Event> last_word_;  // TargetLost or TargetClosed: once all is answered
   bool emit_posted_ = false;
@@ -183,6 +192,8 @@ void State::emit() {
   std::vector<mirror::Event> batch;
   while (!silent_ && (!outbox_.empty() || last_word_)) {
     if (outbox_.empty()) {
+      send_all();
+      if (!outbox_.empty()) continue;
       outbox_.push_back(std::move(*last_word_));
       last_word_.reset();
     }
@@ -445,6 +456,7 @@ void State::on_lost(Path& path, const std::string& reason) {
 void State::refuse(const std::string& why) {
   rest_all();
   phase_ = Phase::refused;
+  send_all();  // to nobody: lost
   outbox_.emplace_back(mirror::TargetRefused{fmt::format("{}: {}", main_->endpoint().name(), why)});
 }
 
@@ -463,23 +475,58 @@ void State::close() {
 
 void State::abandon() {
   silent_ = true;
+  inbox_.clear();
   rest_all();
 }
 
 // --- operations
 // -----------------------------------------------------------------------------------
 
+// Later, from a turn of its own: sending takes time, and what the core has just told the guest goes first.
 void State::submit(mirror::DiskOp&& op) {
-  if (!answer_here(op)) {
-    if (op.command == Command::flush) {
-      if (flush(op)) return;
-    } else if (Path* path = choose(op); path != nullptr) {
-      path->post(std::move(op), ++submissions_);
-      return;
-    }
-    outbox_.emplace_back(mirror::TargetDone{op.id, IoError::lost, {}, {}});
+  inbox_.push_back(std::move(op));
+  send_soon();
+}
+
+void State::send_soon() {
+  if (std::exchange(send_posted_, true)) return;
+  boost::asio::post(executor_, [self = shared_from_this()] {
+    self->send_posted_ = false;
+    self->send_some();
+    self->emit();
+  });
+}
+
+// Not all at once: the guest's requests get in between.
+void State::send_some() {
+  if (inbox_.size() > 1) {
+    for (const auto& path : paths_) path->begin_batch();
   }
-  emit_soon();
+  std::uint64_t bytes = 0;
+  for (std::size_t ops = 0; ops < send_ops_max && bytes < send_bytes_max && !inbox_.empty();
+       ++ops) {
+    bytes += inbox_.front().payload.size();
+    send_first();
+  }
+  for (const auto& path : paths_) path->end_batch();
+  if (!inbox_.empty()) send_soon();
+}
+
+void State::send_all() {
+  while (!inbox_.empty()) send_first();
+}
+
+void State::send_first() {
+  mirror::DiskOp op = std::move(inbox_.front());
+  inbox_.pop_front();
+  if (answer_here(op)) return;
+  if (op.command == Command::flush) {
+    if (flush(op)) return;
+  } else if (Path* path = choose(op); path != nullptr) {
+    path->post(std::move(op), ++submissions_);
+    return;
+  }
+  outbox_.emplace_back(mirror::TargetDone{op.id, IoError::lost, {}, {}});
 }
 
 // What needs no server, or can't be asked of this one.
@@ -520,13 +567,7 @@ bool State::answer_here(const mirror::DiskOp& op) {
 Path* State::choose(const mirror::DiskOp& op) const {
   if (op.path != PathId{}) return asked_for(op.path);
   double fastest = 0;
-  std::uint64_t in_flight = 0;
-  for (const auto& path : paths_) {
-    fastest = std::max(fastest, path->rate());
-    in_flight += path->ops();
-  }
-  NBDFERRY_ASSERT(in_flight <= living() * connection_ops_max + flushes_max * paths_.size(),
-                  "the core keeps within the window");
+  for (const auto& path : paths_) fastest = std::max(fastest, path->rate());
   if (fastest == 0) fastest = 1e9;
   Path* best = nullptr;
   std::pair<bool, double> best_rank;

@@ -169,6 +169,7 @@ TEST_CASE("a target that is destroyed with all in flight says nothing, and reset
   peer->send_hello(mib, flags_plain);
   REQUIRE(d.until([&] { return d.count("up") == 1; }));
   const auto id = d.write(0, 4096, 'x');
+  REQUIRE(d.request(*peer));
   d.target.reset();
   d.run_for(50ms);
   CHECK(d.done(id) == nullptr);
@@ -246,10 +247,10 @@ TEST_CASE("one connection of several is replaced: its operations are lost, the o
   auto& [listener, d, first, second] = two;
   const auto window = d.window_ops;
 
-  // Least in flight first: one each.
+  // Least in flight first: one each. (At once they would leave together.)
   const auto a = d.write(0, 4096, 'a');
-  const auto b = d.write(4096, 4096, 'b');
   const auto on_first = d.request(*first);
+  const auto b = d.write(4096, 4096, 'b');
   const auto on_second = d.request(*second);
   REQUIRE(on_first);
   REQUIRE(on_second);
@@ -265,6 +266,27 @@ TEST_CASE("one connection of several is replaced: its operations are lost, the o
   third->send_hello(mib, flags_multi);
   CHECK(d.until([&] { return d.window_ops == window; }));
   CHECK(d.count("lost") == 0);
+}
+
+TEST_CASE("what is small and submitted at once leaves together, the rest spreads") {
+  TwoConnections two;
+  auto& [listener, d, first, second] = two;
+  for (std::uint64_t i = 0; i < 12; ++i) (void)d.write(i * 4096, 4096, 'a');
+  (void)d.write(mib / 2, 65536, 'b');
+  std::vector<std::uint64_t> on_first;
+  std::vector<std::uint64_t> on_second;
+  for (auto [peer, offsets] : {std::pair(first.get(), &on_first), {second.get(), &on_second}}) {
+    while (const auto request = d.request(*peer)) {
+      offsets->push_back(request->offset);
+      if (offsets->size() == (offsets == &on_first ? 8 : 4)) break;
+    }
+  }
+  // 32 KiB, then the other one has less in flight; each in order.
+  CHECK(on_first == std::vector<std::uint64_t>{0, 4096, 8192, 12288, 16384, 20480, 24576, 28672});
+  CHECK(on_second == std::vector<std::uint64_t>{32768, 36864, 40960, 45056});
+  const auto large = d.request(*second);
+  REQUIRE(large);
+  CHECK(large->length == 65536);
 }
 
 TEST_CASE("all connections reset at once: who asks again at each loss is not answered for ever") {
