@@ -19,6 +19,9 @@ namespace {
 
 constexpr Duration tick_period = std::chrono::milliseconds(5);
 constexpr Duration guest_idle = std::chrono::milliseconds(50);
+// While the guest keeps the loop busy, a step of a copy is followed by so many times its own time of the guest's.
+constexpr int guest_share = 4;
+constexpr Duration step_longest = std::chrono::milliseconds(1);  // that counts
 
 mirror::Serving serving_for(Role role) {
   if (role == Role::pivoted) return mirror::Serving::target;
@@ -69,6 +72,7 @@ ExportImpl::ExportImpl(boost::asio::io_context& io, const ExportOptions& options
       options_(options),
       record_(std::move(record)),
       ownership_(record_.current()),
+      turn_timer_(io),
       ticks_(io),
       stop_timer_(io) {
   disk_ = std::make_unique<LocalDisk>(io, std::move(disk), options.read_only,
@@ -154,22 +158,35 @@ void ExportImpl::later(Step&& step) {
 void ExportImpl::post_turn() {
   if (turn_posted_) return;
   turn_posted_ = true;
-  boost::asio::post(io_, [this] {
-    turn_posted_ = false;
-    const bool idle = now() - guest_asked_at_ > guest_idle;
-    for (std::size_t left = idle ? later_.size() : 1; left > 0 && !later_.empty(); --left) {
-      Step step = std::move(later_.front());
-      later_.pop_front();
-      if (auto* event = std::get_if<mirror::Event>(&step)) {
-        events_.push_back(std::move(*event));
-      } else if (mirror::SourceDone done;
-                 disk_->submit(std::get<mirror::DiskOp>(std::move(step)), done)) {
-        events_.push_back(std::move(done));
-      }
+  boost::asio::post(io_, [this] { turn(); });
+}
+
+void ExportImpl::turn() {
+  const Time begin = now();
+  const bool idle = begin - guest_asked_at_ > guest_idle;
+  const Time next = step_ended_ + guest_share * step_took_;
+  if (!idle && guest_asked_at_ >= step_ended_ && begin < next) {
+    turn_timer_.expires_after(next - begin);
+    turn_timer_.async_wait([this](const boost::system::error_code& ec) {
+      if (!ec) turn();
+    });
+    return;
+  }
+  turn_posted_ = false;
+  for (std::size_t left = idle ? later_.size() : 1; left > 0 && !later_.empty(); --left) {
+    Step step = std::move(later_.front());
+    later_.pop_front();
+    if (auto* event = std::get_if<mirror::Event>(&step)) {
+      events_.push_back(std::move(*event));
+    } else if (mirror::SourceDone done;
+               disk_->submit(std::get<mirror::DiskOp>(std::move(step)), done)) {
+      events_.push_back(std::move(done));
     }
-    if (!later_.empty()) post_turn();
-    drain();
-  });
+  }
+  if (!later_.empty()) post_turn();
+  drain();
+  step_ended_ = now();
+  step_took_ = std::min<Duration>(step_ended_ - begin, step_longest);
 }
 
 void ExportImpl::drain() {

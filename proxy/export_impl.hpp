@@ -65,6 +65,7 @@ class ExportImpl final : public Export {
   void enqueue(mirror::Event&& event);
   void later(Step&& step);
   void post_turn();
+  void turn();
   void drain();
   void perform();
   void on(mirror::SubmitSource&& a);
@@ -140,7 +141,10 @@ class ExportImpl final : public Export {
   std::deque<mirror::Event> events_;
   std::deque<Step> later_;  // that nobody waits for: one in a turn of the loop
   bool turn_posted_ = false;
+  boost::asio::steady_timer turn_timer_;
   Time guest_asked_at_{0};
+  Time step_ended_{0};  // the last one
+  Duration step_took_{0};
   mirror::Actions actions_;
   bool draining_ = false;
 

@@ -124,6 +124,7 @@ void ExportImpl::stop_when_closed() {
     return;
   }
   ticks_.cancel();
+  turn_timer_.cancel();
   stop_handler_(stop_error_);
 }
 
