@@ -53,6 +53,7 @@ class Copier {
   [[nodiscard]] const CopyPiece* next_piece(bool waited_for);
   // A guest's write waits for this copy.
   void hurry(OpId copy);
+  [[nodiscard]] bool hurries() const { return hurried_ != 0; }
   CopyPiece take_piece();  // the one that next_piece() returned
 
   // The copy that has `range` armed: a mirrored write waits for it.

@@ -81,6 +81,9 @@ class EngineState {
   [[nodiscard]] bool wants_ticks() const {
     return pivoted_ || !suspects_.empty() || (migration_ && !migration_->closed());
   }
+  [[nodiscard]] bool guest_waits_for_copy() const {
+    return migration_ && migration_->guest_waits_for_copy();
+  }
   [[nodiscard]] std::uint64_t open_requests() const { return guests_.size(); }
   void check_invariants() const {
     guests_.check_invariants();
@@ -503,6 +506,7 @@ bool Engine::nobody_waits_for(OpId op) {
   const OpKind kind = Context::kind_of(op);
   return kind == OpKind::copy || kind == OpKind::hint || kind == OpKind::verify;
 }
+bool Engine::guest_waits_for_copy() const { return state_->guest_waits_for_copy(); }
 bool Engine::wants_ticks() const { return state_->wants_ticks(); }
 std::uint64_t Engine::open_requests() const { return state_->open_requests(); }
 void Engine::check_invariants() const { state_->check_invariants(); }

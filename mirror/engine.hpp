@@ -122,6 +122,9 @@ class Engine {
   // such an answer off for a little, so that the guest's requests are not behind a row of them.
   [[nodiscard]] static bool nobody_waits_for(OpId op);
 
+  // … unless a guest's request waits for a copy of its blocks to end.
+  [[nodiscard]] bool guest_waits_for_copy() const;
+
   // True while time matters to it (a migration exists, or the target serves).
   [[nodiscard]] bool wants_ticks() const;
 

@@ -100,6 +100,8 @@ class Migration {
   // What takes this part of the downtime limit may be left when it gets in sync.
   static constexpr int in_sync_share = 10;
   [[nodiscard]] bool in_sync() const { return in_sync_; }
+  // A write that the guest waits for is parked until a copy ends.
+  [[nodiscard]] bool guest_waits_for_copy() const { return copier_.hurries(); }
   [[nodiscard]] bool link_up() const { return link_up_; }
   [[nodiscard]] bool paused() const { return paused_; }
   [[nodiscard]] Duration pacing_delay() const { return ended_ ? Duration{0} : pacer_.delay(); }

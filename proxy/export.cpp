@@ -165,7 +165,7 @@ void ExportImpl::turn() {
   const Time begin = now();
   const bool idle = begin - guest_asked_at_ > guest_idle;
   const Time next = step_ended_ + guest_share * step_took_;
-  if (!idle && guest_asked_at_ >= step_ended_ && begin < next) {
+  if (!idle && guest_asked_at_ >= step_ended_ && begin < next && !engine_->guest_waits_for_copy()) {
     turn_timer_.expires_after(next - begin);
     turn_timer_.async_wait([this](const boost::system::error_code& ec) {
       if (!ec) turn();

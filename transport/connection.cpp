@@ -304,7 +304,7 @@ void Connection::on_readable() {
 }
 
 void Connection::on_writable() {
-  if (elsewhere_.is_busy()) return;
+  if (dead_ || elsewhere_.is_busy()) return;  // progress() is posted
   moved_ = true;
   if (stage_ == Stage::ready && options_.endpoint.tls && Elsewhere::exists()) {
     write_elsewhere();
@@ -317,6 +317,7 @@ void Connection::on_writable() {
 
 void Connection::read_some() {
   for (int replies = 0; replies < replies_per_turn_max; ++replies) {
+    if (elsewhere_.is_recalled()) break;
     if ((nbd_aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_READ) == 0) break;
     // A speculative call would park the handle where new commands queue unsent. With TLS nothing waits
     // elsewhere: libnbd goes on for as long as GnuTLS holds decrypted bytes.
@@ -347,8 +348,11 @@ void Connection::write_elsewhere() {
 }
 
 void Connection::on_back() {
-  for (Flight* flight : std::exchange(to_send_, {})) send(*flight);
-  wait_as_directed();
+  for (Flight* flight : std::exchange(to_send_, {})) {
+    send(*flight);
+    if (!dead_) wait_as_directed();
+  }
+  if (!dead_) wait_as_directed();
   progress();
 }
 

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/prefer.hpp>
-#include <boost/asio/thread_pool.hpp>
 
 #include "mirror/assert.hpp"
 
@@ -18,10 +21,39 @@ namespace {
 
 constexpr unsigned threads_max = 4;
 
-// Made when the first work comes; ends with the process.
-boost::asio::thread_pool& helpers() {
-  static boost::asio::thread_pool pool(std::min(threads_max, std::thread::hardware_concurrency()));
-  return pool;
+// As many as can be had: a guest is being served, and none is no reason to end.
+class Helpers {
+ public:
+  Helpers() {
+    const unsigned wanted = std::min(threads_max, std::thread::hardware_concurrency());
+    if (wanted < 2) return;
+    try {
+      while (threads_.size() < wanted) threads_.emplace_back([this] { io_.run(); });
+    } catch (const std::system_error&) {
+      // Then fewer.
+    }
+  }
+  ~Helpers() {
+    io_.stop();
+    for (auto& thread : threads_) thread.join();
+  }
+  Helpers(const Helpers&) = delete;
+  Helpers& operator=(const Helpers&) = delete;
+
+  [[nodiscard]] bool any() const { return !threads_.empty(); }
+  [[nodiscard]] boost::asio::io_context& io() { return io_; }
+
+ private:
+  boost::asio::io_context io_;
+  boost::asio::executor_work_guard<boost::asio::io_context::executor_type> work_{
+      io_.get_executor()};
+  std::vector<std::thread> threads_;
+};
+
+// Made when they are first asked for; end with the process.
+Helpers& helpers() {
+  static Helpers all;
+  return all;
 }
 
 }  // namespace
@@ -44,10 +76,7 @@ struct Elsewhere::Job {
 Elsewhere::Elsewhere(boost::asio::any_io_executor executor)
     : executor_(std::move(executor)), unfinished_(std::make_shared<std::atomic<int>>(0)) {}
 
-bool Elsewhere::exists() {
-  static const bool more_than_one = std::thread::hardware_concurrency() > 1;
-  return more_than_one;
-}
+bool Elsewhere::exists() { return helpers().any(); }
 
 void Elsewhere::start(std::function<void()> work, std::function<void()> back) {
   NBDFERRY_ASSERT(!is_busy(), "one piece of work at a time");
@@ -58,7 +87,7 @@ void Elsewhere::start(std::function<void()> work, std::function<void()> back) {
   job_->executor = boost::asio::prefer(executor_, boost::asio::execution::outstanding_work.tracked);
   job_->unfinished = unfinished_;
   ++*unfinished_;
-  boost::asio::post(helpers(), [this, job = job_] {
+  boost::asio::post(helpers().io(), [this, job = job_] {
     if (job->taken.exchange(true)) return;
     job->work();
     boost::asio::post(*job->executor, [this, job] {

@@ -12,7 +12,7 @@ namespace nbdferry::transport {
 
 class Elsewhere {
  public:
-  // Is there a processor besides the owner's? Without one, work elsewhere would only be later.
+  // Is there a helper? With a single processor there is none: work elsewhere would only be later.
   [[nodiscard]] static bool exists();
 
   explicit Elsewhere(boost::asio::any_io_executor executor);
