@@ -348,11 +348,8 @@ void Connection::write_elsewhere() {
 }
 
 void Connection::on_back() {
-  for (Flight* flight : std::exchange(to_send_, {})) {
-    send(*flight);
-    if (!dead_) wait_as_directed();
-  }
-  if (!dead_) wait_as_directed();
+  wait_as_directed();
+  for (Flight* flight : std::exchange(to_send_, {})) send(*flight);
   progress();
 }
 
@@ -398,7 +395,6 @@ void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence) {
     return;
   }
   send(flight);
-  if (!dead_) wait_as_directed();
   if ((dead_ || !completed_.empty()) && !progress_posted_) {
     progress_posted_ = true;
     boost::asio::post(executor_, [self = shared_from_this()] {
@@ -423,9 +419,12 @@ void Connection::uncork() {
 
 // By a handle that died a moment ago nothing is answered: the flight ends as lost with all the others.
 void Connection::send(Flight& flight) {
-  if (dead_ || issue(flight) != -1) return;
-  flight.error = nbd_get_errno() == 0 ? EIO : nbd_get_errno();
-  completed_.push_back(&flight);
+  if (dead_) return;
+  if (issue(flight) == -1) {
+    flight.error = nbd_get_errno() == 0 ? EIO : nbd_get_errno();
+    completed_.push_back(&flight);
+  }
+  wait_as_directed();
 }
 
 Connection::Flight& Connection::take_flight(mirror::DiskOp&& op, std::uint64_t sequence) {

@@ -456,7 +456,6 @@ void State::on_lost(Path& path, const std::string& reason) {
 void State::refuse(const std::string& why) {
   rest_all();
   phase_ = Phase::refused;
-  send_all();  // to nobody: lost
   outbox_.emplace_back(mirror::TargetRefused{fmt::format("{}: {}", main_->endpoint().name(), why)});
 }
 

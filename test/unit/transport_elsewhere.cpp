@@ -21,21 +21,17 @@ constexpr std::uint64_t mib = 1024 * 1024;
 struct SecretServer {
   TempDir dir;
   Listener listener;
-  std::uint16_t port = listener.port();
   std::string keys = dir.path("keys");
-  std::string uri;
+  std::string uri =
+      "nbds://alice@localhost:" + std::to_string(listener.port()) + "/?tls-psk-file=" + keys;
   std::unique_ptr<Process> process;
 
-  explicit SecretServer(std::vector<std::string> options = {}) {
+  SecretServer() {
     std::ofstream(keys) << "alice:0123456789abcdef0123456789abcdef\n";
-    uri = "nbds://alice@localhost:" + std::to_string(port) + "/?tls-psk-file=" + keys;
-    start(std::move(options));
-  }
-  void start(std::vector<std::string> options = {}) {
-    std::vector<std::string> command = {"nbdkit", "-f", "--tls=require", "--tls-psk=" + keys,
-                                        "memory", "64M"};
-    command.insert(command.end(), options.begin(), options.end());
-    process = std::make_unique<Process>(command, &listener);
+    process =
+        std::make_unique<Process>(std::vector<std::string>{"nbdkit", "-f", "--tls=require",
+                                                           "--tls-psk=" + keys, "memory", "64M"},
+                                  &listener);
   }
 };
 
