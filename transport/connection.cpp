@@ -386,10 +386,10 @@ void Connection::progress() {
 // --- sending
 // --------------------------------------------------------------------------------------
 
-void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence) {
+void Connection::post(mirror::DiskOp&& op, std::uint64_t sequence, Clock::time_point now) {
   NBDFERRY_ASSERT(stage_ == Stage::ready, "operations go to ready connections only");
   if (ops_ == 0) moved_ = true;  // it could not answer earlier
-  Flight& flight = take_flight(std::move(op), sequence);
+  Flight& flight = take_flight(std::move(op), sequence, now);
   if (elsewhere_.is_busy()) {
     to_send_.push_back(&flight);
     return;
@@ -427,30 +427,33 @@ void Connection::send(Flight& flight) {
   wait_as_directed();
 }
 
-Connection::Flight& Connection::take_flight(mirror::DiskOp&& op, std::uint64_t sequence) {
+Connection::Flight& Connection::take_flight(mirror::DiskOp&& op, std::uint64_t sequence,
+                                            Clock::time_point now) {
   if (idle_.empty()) {
     flights_.push_back(std::make_unique<Flight>());
     idle_.push_back(flights_.back().get());
   }
   Flight& flight = *idle_.back();
   idle_.pop_back();
-  flight.start(*this, std::move(op), sequence);
+  flight.start(*this, std::move(op), sequence, now);
   ++ops_;
   cost_ += flight.cost;
   return flight;
 }
 
 void Connection::collect() {
+  if (completed_.empty()) return;
+  const auto now = Clock::now();
   for (Flight* flight : completed_) {
     // An error that came with the handle's death is nobody's answer.
     const bool lost = dead_ && flight->error != 0;
-    answer(*flight, lost ? IoError::lost : error_of_errno(flight->error));
+    answer(*flight, lost ? IoError::lost : error_of_errno(flight->error), now);
   }
   completed_.clear();
 }
 
-void Connection::answer(Flight& flight, IoError error) {
-  answers_.push_back(flight.finish(error));
+void Connection::answer(Flight& flight, IoError error, Clock::time_point now) {
+  answers_.push_back(flight.finish(error, now));
   --ops_;
   cost_ -= flight.cost;
   idle_.push_back(&flight);
@@ -493,7 +496,7 @@ void Connection::shut() {
   dead_ = true;
   collect();
   for (auto& flight : flights_) {
-    if (flight->busy) answer(*flight, IoError::lost);
+    if (flight->busy) answer(*flight, IoError::lost, Clock::now());
   }
 }
 

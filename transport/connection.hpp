@@ -83,6 +83,8 @@ struct ConnectionOptions {
 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
+  using Clock = std::chrono::steady_clock;
+
   // `owner` must live until on_ended was called or close() has returned.
   Connection(const boost::asio::any_io_executor& executor, ConnectionOptions options,
              ConnectionOwner& owner);
@@ -91,7 +93,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Connection& operator=(const Connection&) = delete;
 
   void open();
-  void post(mirror::DiskOp&& op, std::uint64_t sequence);
+  // `now`: from the clock, not long ago.
+  void post(mirror::DiskOp&& op, std::uint64_t sequence, Clock::time_point now);
   // What is posted in between leaves in as few packets as hold it, whole ones at once.
   void cork();
   void uncork();
@@ -113,7 +116,6 @@ class Connection : public std::enable_shared_from_this<Connection> {
  private:
   enum class Stage : std::uint8_t { dialling, handshaking, ready, ended };
   struct Flight;
-  using Clock = std::chrono::steady_clock;
 
   void on_dialled(int fd, const std::string& error);
   void on_timeout();
@@ -141,11 +143,11 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void let_go();
   void shut();
 
-  Flight& take_flight(mirror::DiskOp&& op, std::uint64_t sequence);
+  Flight& take_flight(mirror::DiskOp&& op, std::uint64_t sequence, Clock::time_point now);
   void send(Flight& flight);
   std::int64_t issue(Flight& flight);
   void collect();
-  void answer(Flight& flight, IoError error);
+  void answer(Flight& flight, IoError error, Clock::time_point now);
 
   ConnectionOptions options_;
   ConnectionOwner* owner_;

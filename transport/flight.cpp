@@ -40,20 +40,20 @@ std::string private_context(std::string_view name, const std::string& value) {
   return fmt::format("x-nbdferry:{}={}", name, value);
 }
 
-void Connection::Flight::start(Connection& owner, mirror::DiskOp&& operation,
-                               std::uint64_t number) {
+void Connection::Flight::start(Connection& owner, mirror::DiskOp&& operation, std::uint64_t number,
+                               Clock::time_point now) {
   connection = &owner;
   op = std::move(operation);
   sequence = number;
   const bool sends = op.command == Command::write || op.as_data;
   sent_bytes = sends ? op.range.length() : 0;
   cost = cost_per_op + sent_bytes + (op.command == Command::read ? op.range.length() : 0);
-  started = Clock::now();
+  started = now;
   error = 0;
   busy = true;
 }
 
-Answer Connection::Flight::finish(IoError result) {
+Answer Connection::Flight::finish(IoError result, Clock::time_point now) {
   Answer a;
   a.done.id = op.id;
   a.done.error = result;
@@ -70,7 +70,7 @@ Answer Connection::Flight::finish(IoError result) {
     a.sent_bytes = sent_bytes;
     a.wrote = is_write(op.command);
     const bool data = op.command == Command::read || op.command == Command::write;
-    if (data && op.range.length() <= small_request_bytes) a.latency = Clock::now() - started;
+    if (data && op.range.length() <= small_request_bytes) a.latency = now - started;
   }
   buffer = {};
   extents = {};

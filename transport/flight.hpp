@@ -24,10 +24,11 @@ struct Connection::Flight {
   int error = 0;  // errno, once completed
   bool busy = false;
 
-  void start(Connection& owner, mirror::DiskOp&& operation, std::uint64_t number);
+  void start(Connection& owner, mirror::DiskOp&& operation, std::uint64_t number,
+             Clock::time_point now);
   void note_status(std::string_view context, const std::uint32_t* entries, std::size_t count);
   // Ends it, and lets go of its memory.
-  Answer finish(IoError result);
+  Answer finish(IoError result, Clock::time_point now);
 };
 
 // The private meta context that tells an --incoming nbdferry whose migration this is (rule 11).

@@ -237,12 +237,12 @@ Path::Slot* Path::choose(Command command) const {
   return best;
 }
 
-void Path::post(mirror::DiskOp&& op, std::uint64_t sequence) {
-  if (ops() == 0) answered_at_ = Clock::now();  // it could not answer earlier
+void Path::post(mirror::DiskOp&& op, std::uint64_t sequence, Clock::time_point now) {
+  if (ops() == 0) answered_at_ = now;  // it could not answer earlier
   Slot& slot = choose_in_batch(op);
   if (batches_) slot.connection->cork();
-  slot.connection->post(std::move(op), sequence);
-  gauge_.update(Clock::now(), cost(), 0);
+  slot.connection->post(std::move(op), sequence, now);
+  gauge_.update(now, cost(), 0);
 }
 
 Path::Slot& Path::choose_in_batch(const mirror::DiskOp& op) {
@@ -269,8 +269,8 @@ void Path::end_batch() {
   }
 }
 
-std::pair<bool, double> Path::rank(std::uint64_t bytes, double unknown_rate) const {
-  const auto now = Clock::now();
+std::pair<bool, double> Path::rank(std::uint64_t bytes, double unknown_rate,
+                                   Clock::time_point now) const {
   const double known_rate = gauge_.rate(now);
   const double rate = known_rate == 0 ? unknown_rate : known_rate;
   // As long as it has been silent already it may be again.
@@ -324,7 +324,7 @@ void Path::take_answers(Slot& slot) {
   answered_at_ = heard_at_ = Clock::now();
   gauge_.update(answered_at_, cost(), done_bytes);
   if (slot.certain && doubts_) vouch(answered);
-  if (stage_ == Stage::used && growth_.observe(answered_at_, rate(), latency_)) grow();
+  if (stage_ == Stage::used && growth_.observe(answered_at_, rate(answered_at_), latency_)) grow();
 }
 
 void Path::count(const Answer& answer) {

@@ -71,14 +71,16 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
 
   // --- operations
   [[nodiscard]] bool can_take(Command command) const { return choose(command) != nullptr; }
-  void post(mirror::DiskOp&& op, std::uint64_t sequence);
+  // `now`: from the clock, not long ago.
+  void post(mirror::DiskOp&& op, std::uint64_t sequence, Clock::time_point now);
   // What is small of what is posted in between leaves together, as far as it makes one good packet: each
   // packet costs us, and the server, more than what is in it.
   void begin_batch() { batches_ = true; }
   void end_batch();
   // (Is nobody there, when would so many bytes be through?) The least is the best.
-  [[nodiscard]] std::pair<bool, double> rank(std::uint64_t bytes, double unknown_rate) const;
-  [[nodiscard]] double rate() const { return gauge_.rate(std::chrono::steady_clock::now()); }
+  [[nodiscard]] std::pair<bool, double> rank(std::uint64_t bytes, double unknown_rate,
+                                             Clock::time_point now) const;
+  [[nodiscard]] double rate(Clock::time_point now) const { return gauge_.rate(now); }
   // Writes answered; a flush that was good covers those before its submission.
   [[nodiscard]] std::uint64_t writes() const { return writes_; }
   void flushed(std::uint64_t writes) { flushed_ = std::max(flushed_, writes); }

@@ -99,18 +99,19 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   [[nodiscard]] std::uint64_t submissions() const override { return submissions_; }
 
  private:
+  using Clock = std::chrono::steady_clock;
   enum class Phase : std::uint8_t { idle, seeking, up, refused, closed };
   // A flush, on each path that is used.
   struct Flush {
     std::vector<std::pair<Path*, std::uint64_t>> waits;  // and the writes that it covers there
     IoError error = IoError::none;
-    std::chrono::steady_clock::time_point answered_at{};  // by a path, last
+    Clock::time_point answered_at{};  // by a path, last
   };
 
   void send_soon();
   void send_some();
   void send_all();
-  void send_first();
+  void send_first(Clock::time_point now);
   void seek(bool later);
   void came_up(Path& path);
   void judge(Path& path);
@@ -125,8 +126,8 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   [[nodiscard]] std::string misfit(const mirror::TargetInfo& info) const;
   [[nodiscard]] ConnectionGrowth connections_wanted() const;
   [[nodiscard]] Path* asked_for(PathId id) const;
-  [[nodiscard]] Path* choose(const mirror::DiskOp& op) const;
-  [[nodiscard]] bool flush(const mirror::DiskOp& op);
+  [[nodiscard]] Path* choose(const mirror::DiskOp& op, Clock::time_point now) const;
+  [[nodiscard]] bool flush(const mirror::DiskOp& op, Clock::time_point now);
   void flush_answered(Path& path, mirror::TargetDone&& done);
   bool answer_here(const mirror::DiskOp& op);
   [[nodiscard]] const char* state_of(const Path& path) const;
@@ -417,13 +418,13 @@ void State::end_stalled() {
 // Each answers the others' questions, too: what is slow is slow by all of them. A flush may take long, until
 // another path has had its answer.
 bool State::is_stalled(const Path& path) const {
-  const auto now = std::chrono::steady_clock::now();
+  const auto now = Clock::now();
   if (path.stage() != Path::Stage::used || path.ops() == 0) return false;
   if (now - path.answered_at() < config_.path_silence) return false;
   for (const auto& [id, flush] : flushes_) {
     const bool waits = std::any_of(flush.waits.begin(), flush.waits.end(),
                                    [&](const auto& wait) { return wait.first == &path; });
-    const bool alone = flush.answered_at != std::chrono::steady_clock::time_point{};
+    const bool alone = flush.answered_at != Clock::time_point{};
     if (waits && (!alone || now - flush.answered_at < config_.path_silence)) return false;
   }
   return std::any_of(paths_.begin(), paths_.end(), [&](const auto& other) {
@@ -501,28 +502,30 @@ void State::send_some() {
   if (inbox_.size() > 1) {
     for (const auto& path : paths_) path->begin_batch();
   }
+  const auto now = Clock::now();
   std::uint64_t bytes = 0;
   for (std::size_t ops = 0; ops < send_ops_max && bytes < send_bytes_max && !inbox_.empty();
        ++ops) {
     bytes += inbox_.front().payload.size();
-    send_first();
+    send_first(now);
   }
   for (const auto& path : paths_) path->end_batch();
   if (!inbox_.empty()) send_soon();
 }
 
 void State::send_all() {
-  while (!inbox_.empty()) send_first();
+  const auto now = Clock::now();
+  while (!inbox_.empty()) send_first(now);
 }
 
-void State::send_first() {
+void State::send_first(Clock::time_point now) {
   mirror::DiskOp op = std::move(inbox_.front());
   inbox_.pop_front();
   if (answer_here(op)) return;
   if (op.command == Command::flush) {
-    if (flush(op)) return;
-  } else if (Path* path = choose(op); path != nullptr) {
-    path->post(std::move(op), ++submissions_);
+    if (flush(op, now)) return;
+  } else if (Path* path = choose(op, now); path != nullptr) {
+    path->post(std::move(op), ++submissions_, now);
     return;
   }
   outbox_.emplace_back(mirror::TargetDone{op.id, IoError::lost, {}, {}});
@@ -563,16 +566,20 @@ bool State::answer_here(const mirror::DiskOp& op) {
 
 // The path by which it is through first: so unequal ones each carry what they can, and what is small does
 // not wait behind bulk on a slow one.
-Path* State::choose(const mirror::DiskOp& op) const {
+Path* State::choose(const mirror::DiskOp& op, Clock::time_point now) const {
   if (op.path != PathId{}) return asked_for(op.path);
+  if (paths_.size() == 1) {
+    Path& only = *paths_.front();
+    return only.stage() == Path::Stage::used && only.can_take(op.command) ? &only : nullptr;
+  }
   double fastest = 0;
-  for (const auto& path : paths_) fastest = std::max(fastest, path->rate());
+  for (const auto& path : paths_) fastest = std::max(fastest, path->rate(now));
   if (fastest == 0) fastest = 1e9;
   Path* best = nullptr;
   std::pair<bool, double> best_rank;
   for (const auto& path : paths_) {
     if (path->stage() != Path::Stage::used || !path->can_take(op.command)) continue;
-    const auto rank = path->rank(op.range.length(), fastest);
+    const auto rank = path->rank(op.range.length(), fastest, now);
     if (best != nullptr && rank >= best_rank) continue;
     best = path.get();
     best_rank = rank;
@@ -580,7 +587,7 @@ Path* State::choose(const mirror::DiskOp& op) const {
   return best;
 }
 
-bool State::flush(const mirror::DiskOp& op) {
+bool State::flush(const mirror::DiskOp& op, Clock::time_point now) {
   Flush flush;
   for (const auto& path : paths_) {
     if (path->stage() == Path::Stage::used && path->can_take(Command::flush)) {
@@ -590,7 +597,7 @@ bool State::flush(const mirror::DiskOp& op) {
   if (flush.waits.empty()) return false;
   const auto waits = flush.waits;
   flushes_.emplace(op.id, std::move(flush));
-  for (const auto& [path, writes] : waits) path->post(mirror::DiskOp(op), ++submissions_);
+  for (const auto& [path, writes] : waits) path->post(mirror::DiskOp(op), ++submissions_, now);
   return true;
 }
 
@@ -603,7 +610,7 @@ void State::flush_answered(Path& path, mirror::TargetDone&& done) {
   if (done.error == IoError::none) path.flushed(of_path->second);
   if (error == IoError::none) error = done.error;
   waits.erase(of_path);
-  it->second.answered_at = std::chrono::steady_clock::now();
+  it->second.answered_at = Clock::now();
   if (!waits.empty()) return;
   done.error = error;
   flushes_.erase(it);
