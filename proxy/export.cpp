@@ -20,7 +20,7 @@ namespace {
 constexpr Duration tick_period = std::chrono::milliseconds(5);
 constexpr Duration guest_idle = std::chrono::milliseconds(50);
 // While the guest keeps the loop busy, a step of a copy is followed by so many times its own time of the guest's.
-constexpr int guest_share = 16;
+constexpr int guest_share = 32;
 constexpr Duration step_longest = std::chrono::milliseconds(1);  // that counts
 
 mirror::Serving serving_for(Role role) {

@@ -1,6 +1,6 @@
 """The mirror under load, side by side with QEMU's (qemu-storage-daemon, both copy modes), each with
-the same guest and the same nbdkit as its target: mirror_cases.py and mirror_pivots.py say what is
-tried.
+the same guest and, unless it is said otherwise, the same nbdkit as its target: mirror_cases.py and
+mirror_pivots.py say what is tried.
 
 A guest's latency counts from when a write was due (but see mirror_cases.py for one that is slowed
 on purpose). Committed means that the target serves, by pivot; what the guest knows that it wrote
@@ -46,7 +46,8 @@ def plan(names):
         return link(rate=None)
 
     cases = {"link": [(Link("50ms"), link), (Link("5ms"), lambda: link("5ms"))],
-             "tmpfs": [(Tmpfs(), lambda: loopback)],
+             "tmpfs": [(Tmpfs("tmpfs", own_target=True), lambda: loopback),
+                       (Tmpfs("tmpfs to nbdkit", own_target=False), lambda: loopback)],
              "outrun": [(Outrun(), link)],
              "hang": [(Hang(), wire)],
              "far": [(Far(), wire)]}

@@ -208,20 +208,44 @@ def forget(disk):
     pathlib.Path(disk + ".owner").unlink(missing_ok=True)
 
 
-class Nbdkit:
-    """The target of every contender, with the same options for all."""
+class NbdServer:
+    """A contender's target, over TCP."""
 
-    def __init__(self, scratch, *plugin, prefix=(), host="127.0.0.1"):
+    def __init__(self, scratch, command, prefix=(), host="127.0.0.1"):
+        """command: of the address and the port, what to run."""
         self.scratch = scratch
         port = self.port = ferry.free_port()
         self.uri = f"nbd://{host}:{port}"
-        self.process = scratch.start("nbdkit", [*prefix, "nbdkit", "-f", "-i", host, "-p",
-                                                str(port), *plugin])
+        self.process = scratch.start("target", [*prefix, *command(host, str(port))])
         ready = [*prefix, "nbdinfo", "--size", self.uri]
-        ferry.wait_until(lambda: ferry.run(ready).returncode == 0, "nbdkit")
+        ferry.wait_until(lambda: ferry.run(ready).returncode == 0, "the target")
 
     def stop(self):
         self.scratch.stop(self.process)
+
+
+class Nbdkit(NbdServer):
+    """The same for every contender."""
+
+    def __init__(self, scratch, *plugin, **place):
+        super().__init__(scratch, lambda host, port: ["nbdkit", "-f", "-i", host, "-p", port, *plugin], **place)
+
+
+class Incoming(NbdServer):
+    """nbdferry's own."""
+
+    def __init__(self, scratch, image, **place):
+        super().__init__(scratch, lambda host, port: [
+            ferry.NBDFERRY, "serve", "--incoming", "--listen", f"{host}:{port}", image], **place)
+
+
+class QemuNbd(NbdServer):
+    """QEMU's own."""
+
+    def __init__(self, scratch, image, **place):
+        super().__init__(scratch, lambda host, port: [
+            "qemu-nbd", "--persistent", "--format=raw", "--aio=io_uring", "--cache=writeback", "--shared=16",
+            f"--bind={host}", f"--port={port}", image], **place)
 
 
 def write_disk(path, size):

@@ -3,7 +3,8 @@ Each case runs every contender once a run, and says afterwards what came of it.
 
  - link: 1 GiB over a wire of 1 Gb/s under 2,000 random 4 KiB writes a second, open loop. The
    wire's queue (tbf) is 50 ms long, or 5 ms.
- - tmpfs: 2 GiB over loopback; the guest writes 4 KiB at random as fast as it can, 16 at a time.
+ - tmpfs: 2 GiB over loopback; the guest writes 4 KiB at random as fast as it can, 16 at a time. Once to the
+   contender's own kind of server (nbdferry serve --incoming, qemu-nbd), once to nbdkit.
  - outrun: the guest writes 64 KiB at random, 250 MB/s unless it is slowed, to a wire of 1 Gb/s.
  - hang: the target stops for 5 s while writes wait for it (sync).
  - far: each read or write of the target takes 20 ms; 2,000 writes a second, open loop. First the
@@ -22,7 +23,7 @@ import signal
 import time
 
 import ferry
-from measure import GIB, MIB, Nbdkit, Result, Serve, fresh_target, in_turn, say, write_disk
+from measure import GIB, MIB, Incoming, Nbdkit, QemuNbd, Result, Serve, fresh_target, in_turn, say, write_disk
 from peers import LINK_BYTES_PER_SECOND, TARGET_HOST, Guest, Qemu, guest_text
 
 RATE = 2000
@@ -44,6 +45,7 @@ class Case:
     guest: dict  # of Guest
     guest_options: tuple = ()
     target: tuple = ()  # more words for nbdkit
+    own_target: bool = False  # the contender's own kind of server instead
     migrate: tuple = ()  # options
     stays: float | None = None  # seconds in sync before the pivot; None: pivots at once, by itself
     limit: float = 60
@@ -114,10 +116,7 @@ class Trial:
         self.limit = case.limit if self.mine else case.qemu_limit
         disk = write_disk(scratch.file("disk.img"), case.size)
         self.image = fresh_target(scratch.file("target.img"), case.size)
-        filters = [word for word in case.target if word.startswith("-")]
-        self.target = Nbdkit(scratch, *filters, "file", self.image,
-                             *(word for word in case.target if not word.startswith("-")),
-                             prefix=prefixes[1], host=host)
+        self.target = self.start_target(prefix=prefixes[1], host=host)
         self.server = Serve(scratch, disk, prefixes[0]) if self.mine else \
             Qemu(scratch, disk, prefixes[0], contender)
         self.windows = scratch.file("windows")
@@ -125,6 +124,13 @@ class Trial:
                            *case.guest_options, prefix=prefixes[0], **case.guest)
         self.out = {"seconds": None, "said": [], "longest_delay_us": 0}
         self.begin = None
+
+    def start_target(self, **place):
+        if self.case.own_target:
+            return (Incoming if self.mine else QemuNbd)(self.scratch, self.image, **place)
+        options = [word for word in self.case.target if word.startswith("-")]
+        parameters = [word for word in self.case.target if not word.startswith("-")]
+        return Nbdkit(self.scratch, *options, "file", self.image, *parameters, **place)
 
     def cut(self, name):
         self.out[name] = self.guest.phase()
@@ -236,8 +242,8 @@ def p99_to_before(rows, phase="during"):
 
 
 class Tmpfs(Case):
-    def __init__(self):
-        super().__init__("tmpfs:", 2 * GIB, {"depth": 16}, kept_min=0.5)
+    def __init__(self, name, own_target):
+        super().__init__(f"{name}:", 2 * GIB, {"depth": 16}, kept_min=0.5, own_target=own_target)
 
     def bounds(self, _):
         for contender in self.contenders:
