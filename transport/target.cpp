@@ -17,13 +17,12 @@
 //    function of Target.
 //  - TargetLost is said when no path is left with a connection of which it is certain that it belongs to
 //    the server instance that answered so far (rule 7; path.hpp).
-//  - A flush is answered well when it was on every path that is used: each may lead to a server of its own
-//    over the same disk. PathLost says whether one wrote since the last good one.
+//  - A flush is answered well when it was on every path that is used (flushes.hpp). PathLost says whether one
+//    wrote since the last good one.
 #include "transport/target.hpp"
 
 #include <algorithm>
 #include <deque>
-#include <map>
 #include <optional>
 #include <random>
 #include <stdexcept>
@@ -33,6 +32,7 @@
 #include <fmt/format.h>
 
 #include "mirror/assert.hpp"
+#include "transport/flushes.hpp"
 #include "transport/path.hpp"
 #include "transport/uri.hpp"
 
@@ -101,12 +101,6 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
  private:
   using Clock = std::chrono::steady_clock;
   enum class Phase : std::uint8_t { idle, seeking, up, refused, closed };
-  // A flush, on each path that is used.
-  struct Flush {
-    std::vector<std::pair<Path*, std::uint64_t>> waits;  // and the writes that it covers there
-    IoError error = IoError::none;
-    Clock::time_point answered_at{};  // by a path, last
-  };
 
   void send_soon();
   void send_some();
@@ -128,7 +122,6 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   [[nodiscard]] Path* asked_for(PathId id) const;
   [[nodiscard]] Path* choose(const mirror::DiskOp& op, Clock::time_point now) const;
   [[nodiscard]] bool flush(const mirror::DiskOp& op, Clock::time_point now);
-  void flush_answered(Path& path, mirror::TargetDone&& done);
   bool answer_here(const mirror::DiskOp& op);
   [[nodiscard]] const char* state_of(const Path& path) const;
   [[nodiscard]] unsigned living() const;
@@ -150,7 +143,7 @@ class State final : public PathOwner, public std::enable_shared_from_this<State>
   Path* main_ = nullptr;  // the one that was there first, for messages
   std::uint64_t submissions_ = 0;
   std::uint64_t last_id_ = 0;  // of a path that was found
-  std::map<OpId, Flush> flushes_;
+  Flushes flushes_;
   boost::asio::steady_timer silence_timer_;
 
   std::deque<mirror::DiskOp> inbox_;  // submitted, and on no path yet
@@ -421,12 +414,7 @@ bool State::is_stalled(const Path& path) const {
   const auto now = Clock::now();
   if (path.stage() != Path::Stage::used || path.ops() == 0) return false;
   if (now - path.answered_at() < config_.path_silence) return false;
-  for (const auto& [id, flush] : flushes_) {
-    const bool waits = std::any_of(flush.waits.begin(), flush.waits.end(),
-                                   [&](const auto& wait) { return wait.first == &path; });
-    const bool alone = flush.answered_at != Clock::time_point{};
-    if (waits && (!alone || now - flush.answered_at < config_.path_silence)) return false;
-  }
+  if (flushes_.excuse(path, config_.path_silence, now)) return false;
   return std::any_of(paths_.begin(), paths_.end(), [&](const auto& other) {
     return other.get() != &path && other->certain() &&
            now - other->heard_at() < config_.path_silence / 2;
@@ -588,40 +576,23 @@ Path* State::choose(const mirror::DiskOp& op, Clock::time_point now) const {
 }
 
 bool State::flush(const mirror::DiskOp& op, Clock::time_point now) {
-  Flush flush;
+  std::vector<Path*> paths;
   for (const auto& path : paths_) {
     if (path->stage() == Path::Stage::used && path->can_take(Command::flush)) {
-      flush.waits.emplace_back(path.get(), path->writes());
+      paths.push_back(path.get());
     }
   }
-  if (flush.waits.empty()) return false;
-  const auto waits = flush.waits;
-  flushes_.emplace(op.id, std::move(flush));
-  for (const auto& [path, writes] : waits) path->post(mirror::DiskOp(op), ++submissions_, now);
+  if (paths.empty()) return false;
+  flushes_.start(op.id, paths);
+  for (Path* path : paths) path->post(mirror::DiskOp(op), ++submissions_, now);
   return true;
 }
 
-void State::flush_answered(Path& path, mirror::TargetDone&& done) {
-  const auto it = flushes_.find(done.id);
-  auto& waits = it->second.waits;
-  auto& error = it->second.error;
-  const auto of_path = std::find_if(waits.begin(), waits.end(),
-                                    [&](const auto& wait) { return wait.first == &path; });
-  if (done.error == IoError::none) path.flushed(of_path->second);
-  if (error == IoError::none) error = done.error;
-  waits.erase(of_path);
-  it->second.answered_at = Clock::now();
-  if (!waits.empty()) return;
-  done.error = error;
-  flushes_.erase(it);
-  outbox_.emplace_back(std::move(done));
-}
-
 void State::on_answer(Path& path, mirror::TargetDone&& done) {
-  if (flushes_.contains(done.id)) {
-    flush_answered(path, std::move(done));
-  } else {
+  if (!flushes_.contains(done.id)) {
     outbox_.emplace_back(std::move(done));
+  } else if (auto whole = flushes_.answered(path, std::move(done), Clock::now())) {
+    outbox_.emplace_back(std::move(*whole));
   }
 }
 
