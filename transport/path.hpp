@@ -70,7 +70,10 @@ class Path final : public ConnectionOwner, public std::enable_shared_from_this<P
   void give_up(const std::string& reason);
 
   // --- operations
-  [[nodiscard]] bool can_take(Command command) const { return choose(command) != nullptr; }
+  // Is it used, with a connection for such a command?
+  [[nodiscard]] bool can_take(Command command) const {
+    return stage_ == Stage::used && choose(command) != nullptr;
+  }
   // `now`: from the clock, not long ago.
   void post(mirror::DiskOp&& op, std::uint64_t sequence, Clock::time_point now);
   // What is small of what is posted in between leaves together, as far as it makes one good packet: each

@@ -557,8 +557,7 @@ bool State::answer_here(const mirror::DiskOp& op) {
 Path* State::choose(const mirror::DiskOp& op, Clock::time_point now) const {
   if (op.path != PathId{}) return asked_for(op.path);
   if (paths_.size() == 1) {
-    Path& only = *paths_.front();
-    return only.stage() == Path::Stage::used && only.can_take(op.command) ? &only : nullptr;
+    return paths_.front()->can_take(op.command) ? paths_.front().get() : nullptr;
   }
   double fastest = 0;
   for (const auto& path : paths_) fastest = std::max(fastest, path->rate(now));
@@ -566,7 +565,7 @@ Path* State::choose(const mirror::DiskOp& op, Clock::time_point now) const {
   Path* best = nullptr;
   std::pair<bool, double> best_rank;
   for (const auto& path : paths_) {
-    if (path->stage() != Path::Stage::used || !path->can_take(op.command)) continue;
+    if (!path->can_take(op.command)) continue;
     const auto rank = path->rank(op.range.length(), fastest, now);
     if (best != nullptr && rank >= best_rank) continue;
     best = path.get();
@@ -578,9 +577,7 @@ Path* State::choose(const mirror::DiskOp& op, Clock::time_point now) const {
 bool State::flush(const mirror::DiskOp& op, Clock::time_point now) {
   std::vector<Path*> paths;
   for (const auto& path : paths_) {
-    if (path->stage() == Path::Stage::used && path->can_take(Command::flush)) {
-      paths.push_back(path.get());
-    }
+    if (path->can_take(Command::flush)) paths.push_back(path.get());
   }
   if (paths.empty()) return false;
   flushes_.start(op.id, paths);

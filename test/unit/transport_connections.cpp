@@ -38,17 +38,6 @@ struct Slow {
             &listener),
         d(uri) {}
 
-  // Writes, as much as the target takes, until it holds.
-  bool until(const std::function<bool()>& condition) {
-    std::uint64_t next = 0;
-    return d.until(
-        [&] {
-          while (d.unanswered() < 32) (void)d.write(next++ % 128 * 65536, 65536, 'x');
-          return condition();
-        },
-        20s);
-  }
-
   Listener listener;
   std::string uri;
   Process server;
@@ -88,13 +77,13 @@ TEST_CASE("connections are added as long as they bring more") {
 TEST_CASE("a path whose connections are slow gets more of them") {
   Slow slow({}, {});
   REQUIRE_MESSAGE(slow.d.open(), slow.d.reason);
-  CHECK(slow.until([&] { return slow.d.connections() > 6; }));
+  CHECK(slow.d.write_until([&] { return slow.d.connections() > 6; }, 20s));
 }
 
 TEST_CASE("a server that takes no more connections keeps those that it took") {
   Slow slow({"--filter=limit"}, {"limit=5"});
   REQUIRE_MESSAGE(slow.d.open(), slow.d.reason);
-  CHECK(slow.until([&] { return slow.d.connections() == 5; }));
+  CHECK(slow.d.write_until([&] { return slow.d.connections() == 5; }, 20s));
   slow.d.run_for(300ms);
   CHECK(slow.d.connections() == 5);
   CHECK(slow.d.state(0) == "up");

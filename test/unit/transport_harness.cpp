@@ -265,6 +265,16 @@ bool Driver::until(const std::function<bool()>& condition, std::chrono::millisec
   return true;
 }
 
+bool Driver::write_until(const std::function<bool()>& condition, std::chrono::milliseconds limit) {
+  std::uint64_t next = 0;
+  return until(
+      [&] {
+        while (unanswered() < 32) (void)write(next++ % 128 * 65536, 65536, 'x');
+        return condition();
+      },
+      limit);
+}
+
 void Driver::run_for(std::chrono::milliseconds time) {
   (void)until([] { return false; }, time);
 }
