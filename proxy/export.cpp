@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 #include <variant>
 
@@ -19,8 +20,10 @@ namespace {
 
 constexpr Duration tick_period = std::chrono::milliseconds(5);
 constexpr Duration guest_idle = std::chrono::milliseconds(50);
-// While the guest keeps the loop busy, a step of a copy is followed by so many times its own time of the guest's.
-constexpr int guest_share = 32;
+// While the guest keeps the loop busy, asking again within the lull, a step of a copy is followed by so many times its
+// own time of the guest's.
+constexpr Duration guest_lull = std::chrono::microseconds(100);
+constexpr int guest_share = 8;
 constexpr Duration step_longest = std::chrono::milliseconds(1);  // that counts
 
 mirror::Serving serving_for(Role role) {
@@ -121,7 +124,8 @@ void ExportImpl::post(mirror::Event&& event) {
 }
 
 // A copy takes time: reading, and what an answer brings with it. So each step of it comes in a turn of the
-// loop of its own, and what the guest asks meanwhile gets in between; all at once while it asks nothing.
+// loop of its own, and what the guest asks meanwhile gets in between; all at once while it asks nothing. Nor can
+// the guest ask while we have its processor: whoever wants that goes first.
 void ExportImpl::enqueue(mirror::Event&& event) {
   std::optional<OpId> answered;
   if (const auto* done = std::get_if<mirror::SourceDone>(&event)) answered = done->id;
@@ -164,14 +168,22 @@ void ExportImpl::post_turn() {
 void ExportImpl::turn() {
   const Time begin = now();
   const bool idle = begin - guest_asked_at_ > guest_idle;
-  const Time next = step_ended_ + guest_share * step_took_;
-  if (!idle && guest_asked_at_ >= step_ended_ && begin < next && !engine_->guest_waits_for_copy()) {
+  const bool polite = !idle && !engine_->guest_waits_for_copy();
+  const Time next = std::min(step_ended_ + guest_share * step_took_, guest_asked_at_ + guest_lull);
+  if (polite && guest_asked_at_ >= step_ended_ && begin < next) {
+    gave_way_ = false;
     turn_timer_.expires_after(next - begin);
     turn_timer_.async_wait([this](const boost::system::error_code& ec) {
       if (!ec) turn();
     });
     return;
   }
+  if (polite && !std::exchange(gave_way_, true)) {
+    std::this_thread::yield();
+    boost::asio::post(io_, [this] { turn(); });  // after what has been asked meanwhile
+    return;
+  }
+  gave_way_ = false;
   turn_posted_ = false;
   for (std::size_t left = idle ? later_.size() : 1; left > 0 && !later_.empty(); --left) {
     Step step = std::move(later_.front());

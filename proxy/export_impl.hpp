@@ -141,6 +141,7 @@ class ExportImpl final : public Export {
   std::deque<mirror::Event> events_;
   std::deque<Step> later_;  // that nobody waits for: one in a turn of the loop
   bool turn_posted_ = false;
+  bool gave_way_ = false;  // to others on this processor, before the step that is next
   boost::asio::steady_timer turn_timer_;
   Time guest_asked_at_{0};
   Time step_ended_{0};  // the last one
