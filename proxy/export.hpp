@@ -60,7 +60,8 @@ struct ExportStatus {
   double guest_read_iops = 0;
   std::uint64_t guest_delay_us = 0;  // pacing in force
   std::optional<double> eta_seconds;
-  std::string verdict;  // one line for a person
+  std::uint64_t bandwidth = 0;  // most bytes a second to the target; 0: what it takes
+  std::string verdict;          // one line for a person
   std::uint32_t guest_connections = 0;
 };
 

@@ -42,6 +42,7 @@ ExportStatus ExportImpl::status() const {
   s.core = engine_->status();
   const bool migrating = s.core.phase != mirror::Phase::idle;
   if (migrating) s.migration_id = migration_id_;
+  if (migrating) s.bandwidth = request_.options.bandwidth;
   if (migrating && s.peer.empty() && !request_.uris.empty()) s.peer = request_.uris.front();
   if (target_) {
     for (auto& p : target_->paths()) {

@@ -145,6 +145,7 @@ json::object status_to_json(const ExportStatus& status) {
   o["debt_bytes"] = debt_bytes(core);
   write_fields(o, core_flags, core);
   o["bytes_per_second"] = core.bytes_per_second;
+  o["bandwidth_bytes_per_second"] = status.bandwidth;
   o["new_bytes_per_second"] = core.new_bytes_per_second;
   o["target_silent_seconds"] = seconds_of(core.target_silent);
   o["quarantine_seconds"] = seconds_of(core.quarantine_left);
@@ -178,6 +179,7 @@ ExportStatus status_from_json(const json::object& o) {
   read_fields(o, core_numbers, core);
   read_fields(o, core_flags, core);
   core.bytes_per_second = read<double>(o, "bytes_per_second");
+  status.bandwidth = read<std::uint64_t>(o, "bandwidth_bytes_per_second");
   core.new_bytes_per_second = read<double>(o, "new_bytes_per_second");
   core.target_silent = from_seconds(read<double>(o, "target_silent_seconds"));
   core.quarantine_left = from_seconds(read<double>(o, "quarantine_seconds"));

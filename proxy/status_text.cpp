@@ -42,10 +42,11 @@ class Lines {
   std::string text_;
 };
 
-void add_migration(Lines& lines, const mirror::Status& core) {
+void add_migration(Lines& lines, const ExportStatus& status) {
+  const mirror::Status& core = status.core;
   lines.add("progress", "{:.1f}%: {} copied, {} zero, {} mirrored, {}", done_share(core) * 100,
             size(core.copied_bytes), size(core.zeroed_bytes), size(core.mirrored_bytes),
-            format_rate(core.bytes_per_second));
+            format_rate(most_bytes_per_second(status)));
   lines.add("debt", "{}: {} stale, {} in copies, {} buffered", size(debt_bytes(core)),
             size(core.stale_bytes), size(core.copying_bytes), size(core.buffered_bytes));
   if (core.suspect_bytes > 0) {
@@ -73,7 +74,7 @@ std::string status_to_text(const ExportStatus& status) {
   if (has_migration(core)) {
     lines.add("mode", "{}{}", to_string(core.mode),
               core.mode_reason.empty() ? "" : ": " + core.mode_reason);
-    add_migration(lines, core);
+    add_migration(lines, status);
   }
   for (const PathStatus& path : status.paths) {
     lines.add("path", "{}{}: {}, {} connection{}, {} sent{}", path.uri,
@@ -103,9 +104,9 @@ std::string progress_line(const ExportStatus& status, unsigned bar_width) {
   }
   const std::uint64_t done =
       static_cast<std::uint64_t>(share * static_cast<double>(core.size_bytes));
-  std::string line = fmt::format("{}{:5.1f}% {}, {} of {}, {}, debt {}", bar, share * 100,
-                                 to_string(core.phase), size(done), size(core.size_bytes),
-                                 format_rate(core.bytes_per_second), size(debt_bytes(core)));
+  std::string line = fmt::format(
+      "{}{:5.1f}% {}, {} of {}, {}, debt {}", bar, share * 100, to_string(core.phase), size(done),
+      size(core.size_bytes), format_rate(most_bytes_per_second(status)), size(debt_bytes(core)));
   if (status.eta_seconds) line += ", " + format_seconds(*status.eta_seconds) + " left";
   return line;
 }

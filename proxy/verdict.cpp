@@ -20,6 +20,14 @@ double quarantine_seconds(const mirror::Status& core) {
   return std::ceil(std::chrono::duration<double>(core.quarantine_left).count());
 }
 
+// Why no more than most_bytes_per_second().
+std::string what_limits(const ExportStatus& status) {
+  const double most = most_bytes_per_second(status);
+  const bool limited = status.bandwidth != 0 && most >= static_cast<double>(status.bandwidth);
+  return fmt::format("{} {}/s", limited ? "--bandwidth allows" : "the target takes",
+                     format_size(most));
+}
+
 std::string by_deadline(const ExportStatus& status) {
   const mirror::Status& core = status.core;
   const double left = std::ceil(std::chrono::duration<double>(*core.deadline_left).count());
@@ -28,10 +36,10 @@ std::string by_deadline(const ExportStatus& status) {
            (status.eta_seconds ? fmt::format(", about {:.0f} s left", *status.eta_seconds)
                                : std::string());
   }
-  if (core.bytes_per_second > 0 && core.needed_bytes_per_second > core.bytes_per_second) {
-    return fmt::format(
-        "cannot be in sync by the deadline in {:.0f} s: that needs {}/s, the target takes {}/s",
-        left, format_size(core.needed_bytes_per_second), format_size(core.bytes_per_second));
+  const double most = most_bytes_per_second(status);
+  if (most > 0 && core.needed_bytes_per_second > most) {
+    return fmt::format("cannot be in sync by the deadline in {:.0f} s: that needs {}/s, {}", left,
+                       format_size(core.needed_bytes_per_second), what_limits(status));
   }
   return fmt::format("copying: in sync by the deadline in {:.0f} s, at {}/s", left,
                      format_size(core.needed_bytes_per_second));
@@ -47,11 +55,13 @@ std::string copying(const ExportStatus& status) {
   if (core.deadline_left) return by_deadline(status);
   if (status.eta_seconds) return fmt::format("copying: about {:.0f} s left", *status.eta_seconds);
   // Nothing gets less: then it matters what comes and what goes.
-  if (core.bytes_per_second > 0 && core.new_bytes_per_second > keeps_up * core.bytes_per_second) {
+  const double most = most_bytes_per_second(status);
+  if (most > 0 && core.new_bytes_per_second > keeps_up * most) {
     return fmt::format(
-        "does not converge: the guest writes {}/s for the target, which takes {}/s; mode auto or "
-        "sync, a higher --max-delay or a faster path would help",
-        format_size(core.new_bytes_per_second), format_size(core.bytes_per_second));
+        "does not converge: the guest writes {}/s for the target, {}; mode auto or sync, a higher "
+        "--max-delay or {} would help",
+        format_size(core.new_bytes_per_second), what_limits(status),
+        most < core.bytes_per_second ? "--bandwidth" : "a faster path");
   }
   return "copying";
 }
@@ -88,6 +98,13 @@ std::string away(const ExportStatus& status) {
 
 std::uint64_t debt_bytes(const mirror::Status& status) {
   return status.stale_bytes + status.buffered_bytes + status.copying_bytes;
+}
+
+double most_bytes_per_second(const ExportStatus& status) {
+  const auto limit = static_cast<double>(status.bandwidth);
+  const double takes = status.core.bytes_per_second;
+  if (limit == 0) return takes;
+  return takes == 0 ? limit : std::min(limit, takes);
 }
 
 std::string verdict_of(const ExportStatus& status) {

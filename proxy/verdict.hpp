@@ -13,6 +13,9 @@ namespace nbdferry::proxy {
 // blocks are stale, so they are counted.
 [[nodiscard]] std::uint64_t debt_bytes(const mirror::Status& status);
 
+// What may go to the target: as much as it takes, and no more than --bandwidth. 0: not known yet.
+[[nodiscard]] double most_bytes_per_second(const ExportStatus& status);
+
 // Of a status whose other fields are filled in.
 [[nodiscard]] std::string verdict_of(const ExportStatus& status);
 

@@ -51,6 +51,7 @@ ExportStatus full_status() {
   s.guest_read_iops = 120;
   s.guest_delay_us = 11;
   s.eta_seconds = 4.2;
+  s.bandwidth = 200ULL << 20;
   s.guest_connections = 2;
   return s;
 }
@@ -132,6 +133,8 @@ TEST_CASE("status: the progress line") {
   ExportStatus s = full_status();
   CHECK(progress_line(s, 0) ==
         " 50.0% copying, 512 MiB of 1.0 GiB, 112 MiB/s, debt 512 MiB, 4.2 s left");
+  s.bandwidth = 50ULL << 20;
+  CHECK(has(progress_line(s, 0), "of 1.0 GiB, 50.0 MiB/s, debt"));
   CHECK(has(progress_line(s, 10), "[#####.....]  50.0%"));
   s.eta_seconds.reset();
   CHECK_FALSE(has(progress_line(s, 0), "left"));

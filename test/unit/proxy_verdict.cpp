@@ -82,6 +82,16 @@ TEST_CASE("verdict: a deadline that cannot be kept is named early, with both rat
   s.core.bytes_per_second = 5 << 20;
   CHECK(says(s, "cannot be in sync by the deadline"));
   CHECK(says(s, "needs 10.0 MiB/s, the target takes 5.0 MiB/s"));
+  SUBCASE("of which one may be a limit of the operator's") {
+    s.bandwidth = 2 << 20;
+    CHECK(says(s, "needs 10.0 MiB/s, --bandwidth allows 2.0 MiB/s"));
+    s.core.bytes_per_second = 0;  // nor need the target have been tried
+    CHECK(says(s, "needs 10.0 MiB/s, --bandwidth allows 2.0 MiB/s"));
+    s.bandwidth = 20 << 20;
+    CHECK(says(s, "by the deadline in 100 s"));
+    s.core.bytes_per_second = 5 << 20;
+    CHECK(says(s, "the target takes 5.0 MiB/s"));
+  }
   s.core.deadline_left = Duration{0};
   CHECK(says(s, "the deadline is over"));
 }
@@ -94,6 +104,12 @@ TEST_CASE("verdict: a guest that outruns the target, with both rates and what wo
   CHECK(says(s, "does not converge"));
   CHECK(says(s, "10.0 MiB/s"));
   CHECK(says(s, "5.0 MiB/s"));
+  CHECK(says(s, "a faster path would help"));
+  s.core.bytes_per_second = 50 << 20;
+  CHECK_FALSE(says(s, "does not converge"));
+  s.bandwidth = 5 << 20;
+  CHECK(says(s, "does not converge"));
+  CHECK(says(s, "--bandwidth allows 5.0 MiB/s"));
   s.eta_seconds = 12;  // and it does get less
   CHECK(says(s, "about 12 s left"));
 }
