@@ -20,12 +20,16 @@ double quarantine_seconds(const mirror::Status& core) {
   return std::ceil(std::chrono::duration<double>(core.quarantine_left).count());
 }
 
+bool limited_by_bandwidth(const ExportStatus& status) {
+  return status.bandwidth != 0 &&
+         most_bytes_per_second(status) >= static_cast<double>(status.bandwidth);
+}
+
 // Why no more than most_bytes_per_second().
 std::string what_limits(const ExportStatus& status) {
-  const double most = most_bytes_per_second(status);
-  const bool limited = status.bandwidth != 0 && most >= static_cast<double>(status.bandwidth);
-  return fmt::format("{} {}/s", limited ? "--bandwidth allows" : "the target takes",
-                     format_size(most));
+  return fmt::format("{} {}/s",
+                     limited_by_bandwidth(status) ? "--bandwidth allows" : "the target takes",
+                     format_size(most_bytes_per_second(status)));
 }
 
 std::string by_deadline(const ExportStatus& status) {
@@ -61,7 +65,7 @@ std::string copying(const ExportStatus& status) {
         "does not converge: the guest writes {}/s for the target, {}; mode auto or sync, a higher "
         "--max-delay or {} would help",
         format_size(core.new_bytes_per_second), what_limits(status),
-        most < core.bytes_per_second ? "--bandwidth" : "a faster path");
+        limited_by_bandwidth(status) ? "--bandwidth" : "a faster path");
   }
   return "copying";
 }

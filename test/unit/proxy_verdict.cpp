@@ -110,6 +110,10 @@ TEST_CASE("verdict: a guest that outruns the target, with both rates and what wo
   s.bandwidth = 5 << 20;
   CHECK(says(s, "does not converge"));
   CHECK(says(s, "--bandwidth allows 5.0 MiB/s"));
+  CHECK(says(s, "a higher --max-delay or --bandwidth would help"));
+  s.core.bytes_per_second = 0;  // nor need the target have been tried
+  CHECK(says(s, "--bandwidth allows 5.0 MiB/s"));
+  CHECK(says(s, "a higher --max-delay or --bandwidth would help"));
   s.eta_seconds = 12;  // and it does get less
   CHECK(says(s, "about 12 s left"));
 }

@@ -125,12 +125,12 @@ class Driver {
 
   // Runs the loop until it holds; false when it doesn't within the time.
   bool until(const std::function<bool()>& condition, std::chrono::milliseconds limit = 10s);
+  // The same, while it writes as much as 32 pieces of 64 KiB at a time, to a disk of 8 MiB.
+  bool write_until(const std::function<bool()>& condition, std::chrono::milliseconds limit = 10s);
   void run_for(std::chrono::milliseconds time);
   std::unique_ptr<Peer> accept(const Listener& listener);
   std::optional<Peer::Request> request(Peer& peer);
 
-  // The same, while it writes as much as 32 pieces of 64 KiB at a time, to a disk of 8 MiB.
-  bool write_until(const std::function<bool()>& condition, std::chrono::milliseconds limit = 10s);
   bool open();  // until up or refused; true: up
   OpId submit(mirror::DiskOp op);
   OpId write(std::uint64_t offset, std::size_t size, char fill, bool fua = false);
